@@ -1,0 +1,55 @@
+"""What a teacher is: the protocol that networks, and whatever else gives a signal, share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+import torch
+
+if TYPE_CHECKING:
+    from composer.core import Batch, State
+    from composer.models import ComposerModel
+
+
+class TeacherError(RuntimeError):
+    """A teacher that cannot be used, or that says something no student can learn from."""
+
+
+@runtime_checkable
+class Teacher(Protocol):
+    """Where a signal comes from. The losses never know."""
+
+    name: str
+
+    def check(self, student: ComposerModel) -> None:
+        """Raise :class:`TeacherError` if this teacher cannot teach ``student``; costs no forward pass."""
+        ...
+
+    def prepare(self, state: State) -> None:
+        """Get ready on the device of ``state``; asked once, before the first batch."""
+        ...
+
+    def signal(self, batch: Batch) -> torch.Tensor:
+        """Logits for a microbatch that is on the device: the student's shape, any float dtype, no gradient."""
+        ...
+
+    def release(self) -> None:
+        """Leave the device for good."""
+        ...
+
+    def manifest(self) -> dict[str, Any]:
+        """What this teacher is, in plain values: stored in checkpoints in place of its weights."""
+        ...
+
+
+def logits_of(outputs: Any) -> torch.Tensor:
+    """The logits in what a model's ``forward`` returned: a tensor, or a mapping with ``logits`` (Hugging Face)."""
+    if isinstance(outputs, torch.Tensor):
+        return outputs
+    if isinstance(outputs, Mapping) and isinstance(outputs.get('logits'), torch.Tensor):
+        return outputs['logits']
+    raise TeacherError(
+        'distillation needs logits: a tensor or a mapping with `logits`, but the model returned '
+        f'{type(outputs).__name__}'
+    )

@@ -1,0 +1,180 @@
+"""Read a teacher's weights from a file that nobody has to trust."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import datetime
+import hashlib
+import pickle
+import pickletools
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from composer import algorithms as composer_algorithms
+from composer.core import Event
+from torch import nn
+
+from composer_kd.teachers.teacher import TeacherError
+
+# Beside tensors, a Composer checkpoint holds random states (NumPy arrays), a clock and a version: plain values all.
+_PLAIN_VALUES = [
+    np.ndarray,
+    np.dtype,
+    type(np.dtype(np.uint32)),
+    np.array(0).__reduce__()[0],
+    datetime.timedelta,
+    type(torch.__version__),
+]
+
+# Composer's algorithms that change a network so that its weights, or what it computes in eval mode, differ.
+_SURGERY = (
+    'Alibi',
+    'BlurPool',
+    'Factorize',
+    'GatedLinearUnits',
+    'GhostBatchNorm',
+    'SqueezeExcite',
+    'StochasticDepth',
+    'WeightStandardization',
+)
+
+# What Composer's model classes put before the keys of the network that they wrap.
+_PREFIXES = ('', 'module.', 'model.')
+
+
+def load_weights(model: nn.Module, path: str | Path, sha256: str | None = None) -> None:
+    """Load weights from ``path`` into ``model``, in place, all of them or none.
+
+    The file is a Composer checkpoint or a state dict (plain, or under ``model`` or ``state_dict``). From a Composer
+    checkpoint, the surgery that its run lists (BlurPool, SqueezeExcite, ...) is redone on ``model`` first. The prefix
+    that a ComposerModel puts before its network's keys may be there or not, on either side. Read with ``weights_only``:
+    a file that would run code is refused.
+
+    Args:
+        model: A ComposerModel or a bare network, on any device.
+        path: The file.
+        sha256: The SHA-256 of the file in hexadecimal digits, to be verified. Default: ``None``.
+
+    Raises:
+        TeacherError: The file is missing, damaged, not the expected one, would run code, or does not fit ``model``.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise TeacherError(f'{path}: no such file; the teacher needs a checkpoint or a state dict there')
+    if sha256 is not None and (found := file_sha256(path)) != sha256.lower():
+        raise TeacherError(f'{path}: is not the expected file: its SHA-256 is {found}, not {sha256.lower()}')
+
+    saved = _read(path)
+    state = saved.get('state')
+    if isinstance(state, Mapping) and 'model' in state:
+        weights = state['model']
+        for name, algorithm in state.get('algorithms', []):
+            if name in _SURGERY:
+                _redo_surgery(model, algorithm['repr'], path)
+    else:
+        weights = next((saved[key] for key in ('model', 'state_dict') if isinstance(saved.get(key), Mapping)), saved)
+    model.load_state_dict(_fitted(weights, model.state_dict(), path))
+
+
+def file_sha256(path: str | Path) -> str:
+    """The SHA-256 of a file, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with Path(path).open('rb') as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    try:
+        with torch.serialization.safe_globals(_PLAIN_VALUES):
+            saved = torch.load(path, map_location='cpu', weights_only=True)
+    except pickle.UnpicklingError as error:
+        forbidden = _forbidden(path)
+        if not forbidden:
+            raise TeacherError(f'{path}: damaged, or no checkpoint at all ({_first_line(error)})') from error
+        raise TeacherError(
+            f'{path}: refused, since loading it would run code: it names {", ".join(forbidden)}; '
+            'save the weights alone, torch.save(model.state_dict(), path)'
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise TeacherError(f'{path}: damaged, or no checkpoint at all ({_first_line(error)})') from error
+    if not isinstance(saved, Mapping):
+        raise TeacherError(f'{path}: holds {type(saved).__name__}, not a checkpoint or a state dict')
+    return saved
+
+
+def _forbidden(path: Path) -> list[str]:
+    """The names of what the file would import and call, beyond plain values."""
+    try:
+        with torch.serialization.safe_globals(_PLAIN_VALUES):
+            return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    except (RuntimeError, ValueError):  # not a zip file: one pickle after another, the format before torch 1.6
+        return _names_in_pickles(path)
+
+
+def _names_in_pickles(path: Path) -> list[str]:
+    names, strings = set(), []
+    with path.open('rb') as file, contextlib.suppress(ValueError):
+        while True:
+            for opcode, argument, _ in pickletools.genops(file):
+                if opcode.name == 'GLOBAL':
+                    names.add(str(argument).replace(' ', '.'))
+                elif opcode.name == 'STACK_GLOBAL':
+                    names.add('.'.join(strings[-2:]))
+                elif isinstance(argument, str):
+                    strings.append(argument)
+    return sorted(name for name in names if not name.startswith(('torch.', 'collections.')))
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _redo_surgery(model: nn.Module, representation: str, path: Path) -> None:
+    """Apply the algorithm that ``representation`` names, e.g. ``BlurPool(min_channels=16)``, without evaluating it."""
+    try:
+        call = ast.parse(representation, mode='eval').body
+        assert isinstance(call, ast.Call) and isinstance(call.func, ast.Name)
+        algorithm = getattr(composer_algorithms, call.func.id)
+        # `drop_warmup=Time(...)` matters in training alone.
+        arguments = {k.arg: ast.literal_eval(k.value) for k in call.keywords if k.arg and k.arg != 'drop_warmup'}
+        state: Any = SimpleNamespace(model=model, optimizers=())
+        silent: Any = SimpleNamespace(log_hyperparameters=lambda *_: None, log_metrics=lambda *_: None)
+        algorithm(**arguments).apply(Event.INIT, state, silent)
+    except Exception as error:
+        raise TeacherError(
+            f'{path}: its run changed the network by {representation}, which could not be redone '
+            f'({_first_line(error)}); apply it to the network and pass that'
+        ) from error
+
+
+def _fitted(weights: Mapping[str, Any], expected: Mapping[str, torch.Tensor], path: Path) -> dict[str, torch.Tensor]:
+    """``weights`` under the keys of ``expected``, or an error that says which keys or shapes do not fit."""
+    best: dict[str, Any] = {}
+    for has, wants in [(has, wants) for has in _PREFIXES for wants in _PREFIXES]:
+        renamed = {wants + key[len(has) :]: value for key, value in weights.items() if key.startswith(has)}
+        if len(renamed) == len(weights) and (not best or len(renamed.keys() & expected) > len(best.keys() & expected)):
+            best = renamed
+    missing, unexpected = [k for k in expected if k not in best], [k for k in best if k not in expected]
+    if missing or unexpected:
+        parts = [f'{_some(keys)} {what}' for keys, what in ((missing, 'missing'), (unexpected, 'unexpected')) if keys]
+        raise TeacherError(f'{path}: does not fit the teacher network: {"; ".join(parts)}')
+    for key, value in best.items():
+        if not isinstance(value, torch.Tensor) or value.shape != expected[key].shape:
+            has = list(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+            wants = list(expected[key].shape)
+            raise TeacherError(
+                f'{path}: does not fit the teacher network: {key} is {has} there, {wants} in the network'
+            )
+    return best
+
+
+def _some(keys: list[str], most: int = 3) -> str:
+    return ', '.join(keys[:most]) + (f' and {len(keys) - most} more' if len(keys) > most else '')
