@@ -1,0 +1,7 @@
+"""Distillation as Composer Algorithms."""
+
+from composer_kd.algorithms.early_stop_distillation import EarlyStopDistillation
+from composer_kd.algorithms.knowledge_distillation import KnowledgeDistillation
+from composer_kd.algorithms.teacher_sampling import TeacherSampling
+
+__all__ = ['EarlyStopDistillation', 'KnowledgeDistillation', 'TeacherSampling']

@@ -1,0 +1,208 @@
+"""KnowledgeDistillation against a plain loop, beside its sisters' absence, and with bad input."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from composer.models import ComposerClassifier
+
+from composer_kd import EarlyStopDistillation, KnowledgeDistillation, NetworkTeacher, TeacherError, TeacherSampling
+from composer_kd.algorithms.knowledge_distillation import blend
+from settings import CLASSES, classifier, data, logged, network, teachers, train, trainer, weights
+
+
+def same(some, others):
+    return all(torch.equal(some[name], others[name]) for name in others)
+
+
+def test_equals_a_plain_loop_bit_for_bit():
+    run = train([KnowledgeDistillation(teachers(1), temperature=4.0, kd_weight=0.9, label_weight=0.1)])
+
+    student, teacher = network(1), network(100, width=8, dropout=0.5).eval()
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.05, momentum=0.9)
+    loader = data()
+    for epoch in range(2):
+        loader.sampler.set_epoch(epoch)
+        for images, labels in loader:
+            logits = student(images)
+            with torch.no_grad():
+                targets = F.softmax(teacher(images) / 4, dim=-1)
+            kd = F.kl_div(F.log_softmax(logits / 4, dim=-1), targets, reduction='batchmean') * 16
+            loss = 0.1 * F.cross_entropy(logits, labels) + 0.9 * kd
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    assert same(weights(run), {f'module.{name}': value for name, value in student.state_dict().items()})
+
+
+SILENT = {
+    'kd_weight_0': lambda: [KnowledgeDistillation(teachers(2), kd_weight=0, label_weight=1), TeacherSampling()],
+    'before_the_window': lambda: [KnowledgeDistillation(teachers(1)), EarlyStopDistillation('90ep', start='50ep')],
+    'after_the_window': lambda: [KnowledgeDistillation(teachers(1)), EarlyStopDistillation('1ba', start='0ba')],
+    'between_intervals': lambda: [KnowledgeDistillation(teachers(1), interval=100)],
+}
+
+
+@pytest.mark.parametrize('setting', SILENT)
+def test_a_run_that_does_not_distill_is_the_plain_run(setting, tmp_path):
+    # The last two hear a teacher in batch 0: what follows is compared with a plain run from there.
+    first = train(SILENT[setting](), model=classifier(1, dropout=0.3), max_duration='1ba', save_folder=str(tmp_path))
+    start = {'load_path': str(tmp_path / 'latest-rank0.pt'), 'model': classifier(2, dropout=0.3)}
+    plain = train([], **copy.deepcopy(start))
+    silent = train(SILENT[setting](), **copy.deepcopy(start))
+    assert same(weights(silent), weights(plain))
+    heard = 0 if setting in ('kd_weight_0', 'before_the_window') else 1
+    assert next(a for a in silent.state.algorithms if isinstance(a, KnowledgeDistillation)).pool.forwards == heard
+    if not heard:
+        assert same(weights(first), weights(train([], model=classifier(1, dropout=0.3), max_duration='1ba')))
+
+
+def test_hearing_a_teacher_without_weight_on_it_changes_no_bit():
+    deaf = train(
+        [KnowledgeDistillation(teachers(1), kd_weight=1e-30, label_weight=1)], model=classifier(1, dropout=0.3)
+    )
+    assert deaf.state.algorithms[0].pool.forwards == 8
+    assert same(weights(deaf), weights(train([], model=classifier(1, dropout=0.3))))
+
+
+def test_no_distillation_but_half_the_label_loss():
+    half = train([KnowledgeDistillation(teachers(1), kd_weight=0, label_weight=0.5)])
+    optimizer_free = logged(half, 'loss/train/total')[0]
+    assert optimizer_free == pytest.approx(logged(train([]), 'loss/train/total')[0] / 2)
+
+
+@pytest.mark.parametrize(
+    'label_loss, label',
+    [
+        (torch.tensor(3.0), 3.0),
+        (torch.tensor([2.0, 4.0]), 3.0),
+        ((torch.tensor(1.0), torch.tensor(2.0)), 3.0),
+        ({'ce': torch.tensor(1.0), 'aux': torch.tensor(2.0)}, 3.0),
+        ({'ce': torch.tensor(1.0), 'aux': torch.tensor(2.0), 'total': torch.tensor(1.5)}, 1.5),
+    ],
+)
+def test_blend_of_whatever_a_model_calls_its_loss(label_loss, label):
+    parts = blend(label_loss, torch.tensor(10.0), kd_weight=0.5, label_weight=0.25)
+    assert parts['label'] == label and parts['kd'] == 10 and parts['total'] == 0.25 * label + 5
+    assert not isinstance(label_loss, dict) or (parts['ce'] == 1 and parts['aux'] == 2)
+
+
+class DictLoss(ComposerClassifier):
+    """Its loss is a dict, as in detection and other multi-task models."""
+
+    def loss(self, outputs, batch):
+        loss = super().loss(outputs, batch)
+        return {'half': loss / 2, 'rest': loss / 2}
+
+
+def test_a_model_whose_loss_is_a_dict():
+    run = train([KnowledgeDistillation(teachers(1))], model=DictLoss(network(1), num_classes=CLASSES))
+    plain = train([KnowledgeDistillation(teachers(1))])
+    for name, value in weights(plain).items():
+        torch.testing.assert_close(weights(run)[name], value)
+    assert logged(run, 'loss/train/half').keys() == logged(run, 'loss/train/kd').keys()
+
+
+def test_a_loss_of_ones_own():
+    def distance(*, student_logits, teacher_logits, where=None):
+        return (student_logits - teacher_logits).abs().mean()
+
+    run = train([KnowledgeDistillation(teachers(1), loss=distance)])
+    assert logged(run, 'loss/train/kd')[7] < logged(run, 'loss/train/kd')[0]
+
+
+def test_fp64_student():
+    teacher = NetworkTeacher(classifier(100), dtype='float64')
+    dataset = data()
+    dataset.dataset.tensors = (dataset.dataset.tensors[0].double(), dataset.dataset.tensors[1])
+    run = train([KnowledgeDistillation(teacher)], model=classifier(1).double(), train_dataloader=dataset)
+    assert all(value.dtype == torch.float64 for value in weights(run).values())
+
+
+class Says(torch.nn.Module):
+    """A teacher that says the same to everything."""
+
+    def __init__(self, value, classes=CLASSES):
+        super().__init__()
+        self.value, self.classes = value, classes
+
+    def forward(self, images):
+        return torch.full((len(images), self.classes), self.value)
+
+
+def test_nan_from_a_teacher_is_named_with_its_batch():
+    pool = [*teachers(2), NetworkTeacher(Says(float('nan')), name='broken')]
+    run = trainer([KnowledgeDistillation(pool, interval=3), EarlyStopDistillation('1dur', start='2ba')])
+    with pytest.raises(TeacherError, match=r'teacher broken \(number 2\) gave NaN or infinity at batch 3'):
+        run.fit()
+    run.close()
+
+
+def test_nan_is_caught_before_a_checkpoint_is_written(tmp_path):
+    algorithms = [KnowledgeDistillation(NetworkTeacher(Says(float('nan'))))]
+    run = trainer(algorithms, save_folder=str(tmp_path), save_interval='1ba')
+    with pytest.raises(TeacherError):
+        run.fit()
+    run.close()
+    assert not list(tmp_path.glob('*.pt'))
+
+
+def test_other_classes_are_refused_before_training():
+    other = ComposerClassifier(torch.nn.Linear(4, 7), num_classes=7)
+    with pytest.raises(TeacherError, match='teacher Linear has 7 classes, the student 5'):
+        trainer([KnowledgeDistillation(NetworkTeacher(other))])
+
+
+def test_other_classes_of_a_bare_network_are_refused_at_the_first_forward():
+    run = trainer([KnowledgeDistillation(NetworkTeacher(Says(0.0, classes=7)))])
+    with pytest.raises(TeacherError, match=r'shape \[32, 7\], the student \[32, 5\]'):
+        run.fit()
+    run.close()
+
+
+def test_a_teacher_that_is_the_student_is_refused():
+    model = classifier(1)
+    with pytest.raises(TeacherError, match='shares parameters with the student'):
+        trainer([KnowledgeDistillation(NetworkTeacher(model.module))], model=model)
+
+
+def test_a_second_distilling_algorithm_is_refused():
+    with pytest.raises(ValueError, match='a run distills by one algorithm'):
+        trainer([KnowledgeDistillation(teachers(1)), KnowledgeDistillation(teachers(1))])
+
+
+@pytest.mark.parametrize('sister', [TeacherSampling(), EarlyStopDistillation('0.5dur')])
+def test_a_sister_without_distillation_is_refused(sister):
+    with pytest.raises(ValueError, match=f'{type(sister).__name__} changes how a run distills'):
+        trainer([sister])
+
+
+@pytest.mark.parametrize(
+    'arguments, message',
+    [
+        ({'loss': 'kld'}, "unknown loss 'kld'; known: kl, "),
+        ({'temperature': 0}, 'temperature must be above 0'),
+        ({'kd_weight': -1}, 'kd_weight must be 0 or more'),
+        ({'label_weight': float('nan')}, 'label_weight must be 0 or more'),
+        ({'interval': 0}, 'interval must be 1 batch or more'),
+        ({'teachers': []}, 'teachers is empty'),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        KnowledgeDistillation(**{'teachers': teachers(1), **arguments})
+
+
+def test_a_bare_network_must_be_wrapped():
+    with pytest.raises(TypeError, match=r'wrap a network as NetworkTeacher'):
+        KnowledgeDistillation(network(1))
+
+
+def test_resume_refuses_another_teacher(tmp_path):
+    train([KnowledgeDistillation(teachers(2))], save_folder=str(tmp_path), max_duration='1ep')
+    load = {'load_path': str(tmp_path / 'latest-rank0.pt')}
+    with pytest.raises(TeacherError, match='another teacher number 1: teacher1 with weights'):
+        trainer([KnowledgeDistillation([*teachers(1), NetworkTeacher(network(9))])], **load)
+    with pytest.raises(TeacherError, match='had 2 teachers, this one has 1'):
+        trainer([KnowledgeDistillation(teachers(1))], **load)
