@@ -383,7 +383,9 @@ def test_no_gradient_reaches_the_teacher(loss, options, reference):
 
 def test_no_gradient_reaches_a_topk_teacher():
     student, teacher = logits_pair(5, 7)
-    values, indices, tail = losses.topk(teacher_logits=teacher, k=2)
+    values, indices, tail = losses.topk(teacher_logits=teacher.requires_grad_(), k=2)
+    assert not values.requires_grad
+    assert not tail.requires_grad
     values, tail = values.clone().requires_grad_(), tail.clone().requires_grad_()
     losses.topk_kl(student_logits=student, teacher_values=values, teacher_indices=indices, teacher_tail=tail).backward()
     assert values.grad is None

@@ -228,8 +228,7 @@ def _total(loss: torch.Tensor | Sequence[torch.Tensor] | Mapping[str, torch.Tens
     if isinstance(loss, Mapping) and 'total' in loss:
         return loss['total'].mean()
     parts: Any = ensure_tuple(loss)
-    first, *rest = (part.mean() for part in parts)
-    return sum(rest, start=first)
+    return functools.reduce(torch.add, (part.mean() for part in parts))
 
 
 def _that_count(batch: Any, logits: torch.Tensor) -> torch.Tensor | None:
