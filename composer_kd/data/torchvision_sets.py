@@ -1,0 +1,124 @@
+"""CIFAR-10, CIFAR-100 and Fashion-MNIST, read by torchvision and held in memory."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from composer.core import DataSpec
+from composer.utils import dist
+from torchvision import datasets
+from typing_extensions import Unpack
+
+from composer_kd.data.loader import LoaderOptions, check_split, data_spec, shows_loader_options
+from composer_kd.data.normalization import Normalize
+from composer_kd.data.tensor_images import TensorImages, crop_and_flip, random_images, whole_batch
+
+_DOC = """{title}: {shape} images with labels, held in memory.
+
+    Args:
+        split: `train` or `test`.
+        batch_size: images in a batch over all ranks.
+        data_dir: folder in which torchvision keeps its data sets; this one is in `{folder}` there. Default: `data`.
+        download: whether to fetch the files that are not there; their checksums are verified. Default: False.
+        augment: whether to shift every image by up to four pixels and to mirror every second one, at random; for the
+            training split alone. Default: None, {augment}.
+        subset: take the first so many images alone. Default: None, all.
+        synthetic: whether to take images of noise, as many as there are real ones, and read no file. Default: False.
+        num_workers: processes that fetch batches on each rank; the rank itself is fast enough. Default: 0.
+        **loader: options of `composer_kd.data.loader.data_spec`.
+
+    Raises:
+        FileNotFoundError: the files are not there, or damaged.
+        ValueError: `augment` for the test split.
+    """
+
+
+@dataclass(frozen=True)
+class _Kind:
+    title: str
+    reader: type[datasets.CIFAR10] | type[datasets.FashionMNIST]
+    folder: str
+    shape: tuple[int, int, int]
+    num_classes: int
+    train_samples: int
+    augment: bool
+
+
+def _read(kind: _Kind, data_dir: str | Path, train: bool, download: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Read one split: pixels (number, *shape) and labels (number,)."""
+    if download:
+        with dist.run_local_rank_zero_first():
+            raw = kind.reader(str(data_dir), train=train, download=True)
+    else:
+        try:
+            raw = kind.reader(str(data_dir), train=train)
+        except RuntimeError:
+            raise FileNotFoundError(
+                f'{kind.title} is not in {Path(data_dir) / kind.folder}, or damaged: set download=true to fetch it, '
+                "or data_dir to the folder that holds torchvision's data sets"
+            ) from None
+    images = torch.as_tensor(raw.data)
+    # Grey images come without a channel, colour images with the channel last.
+    images = images.unsqueeze(1) if images.ndim == 3 else images.permute(0, 3, 1, 2).contiguous()
+    return images, torch.as_tensor(raw.targets)
+
+
+def _builder(name: str, kind: _Kind):
+    """Make the function that builds the data set `name`."""
+
+    @shows_loader_options
+    def build(
+        split: Literal['train', 'test'],
+        batch_size: int,
+        *,
+        data_dir: str | Path = 'data',
+        download: bool = False,
+        augment: bool | None = None,
+        subset: int | None = None,
+        synthetic: bool = False,
+        num_workers: int = 0,
+        **loader: Unpack[LoaderOptions],
+    ) -> DataSpec:
+        check_split(split, 'train', 'test')
+        train = split == 'train'
+        if augment and not train:
+            raise ValueError(f'{name}: augment is for split=train')
+        augment = kind.augment and train if augment is None else augment
+        if synthetic:
+            images, labels = random_images(kind.shape, kind.num_classes)
+            samples = kind.train_samples if train else 10_000
+        else:
+            images, labels = _read(kind, data_dir, train, download)
+            samples = len(images)
+        dataset = TensorImages(
+            images,
+            labels,
+            augment=crop_and_flip if augment else None,
+            normalize=Normalize(name),
+            length=samples if subset is None else min(subset, samples),
+        )
+        return data_spec(
+            dataset, batch_size=batch_size, train=train, num_workers=num_workers, collate_fn=whole_batch, **loader
+        )
+
+    build.__name__ = build.__qualname__ = name
+    build.__doc__ = _DOC.format(
+        title=kind.title,
+        shape='x'.join(str(side) for side in kind.shape),
+        folder=kind.folder,
+        augment='the training split' if kind.augment else 'no',
+    )
+    return build
+
+
+cifar10 = _builder(
+    'cifar10', _Kind('CIFAR-10', datasets.CIFAR10, 'cifar-10-batches-py', (3, 32, 32), 10, 50_000, augment=True)
+)
+cifar100 = _builder(
+    'cifar100', _Kind('CIFAR-100', datasets.CIFAR100, 'cifar-100-python', (3, 32, 32), 100, 50_000, augment=True)
+)
+fashion_mnist = _builder(
+    'fashion_mnist',
+    _Kind('Fashion-MNIST', datasets.FashionMNIST, 'FashionMNIST/raw', (1, 28, 28), 10, 60_000, augment=False),
+)
