@@ -1,0 +1,17 @@
+"""`python -m composer_kd FILE [key=value ...]`, and where the launcher hook leads: `python FILE [key=value ...]`."""
+
+import sys
+
+
+def run_script() -> None:
+    """Run the recipe that `sys.argv` names, and leave Python with its exit code."""
+    from composer_kd.cli import run_recipe
+
+    sys.exit(run_recipe(sys.argv[0], sys.argv[1:]))
+
+
+if __name__ == '__main__':
+    if len(sys.argv) < 2 or sys.argv[1].startswith('-'):
+        sys.exit('usage: python -m composer_kd FILE [key=value ...]')
+    del sys.argv[0]
+    run_script()

@@ -1,0 +1,234 @@
+"""A recipe -> a plan of calls, all of whose names and arguments are known to be right; nothing is built or read."""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from composer_kd.recipes.bind import bind, signature
+from composer_kd.recipes.load import NAMED_SECTIONS, SECTIONS, Recipe, load, nearest
+from composer_kd.recipes.resolve import Target, resolve
+
+DEFAULTS = {'seed': 17, 'runs_dir': 'runs', 'save_num_checkpoints_to_keep': 1}
+INHERITED = ('runs_dir', 'device', 'progress_bar')  # what a teacher's recipe takes over from the student's
+
+# Keywords of Trainer that other sections stand for, or that are no plain data.
+_NOT_PLAIN = {
+    *('self', 'model', 'train_dataloader', 'eval_dataloader', 'optimizers', 'schedulers', 'algorithms', 'callbacks'),
+    *('loggers', 'algorithm_passes', 'load_object_store', 'profiler'),
+}
+
+
+@dataclass
+class Call:
+    """One call that a recipe describes: called, it makes an error of what is called one that says where it stands."""
+
+    recipe: Recipe
+    key: tuple[object, ...]
+    target: Target
+    arguments: dict[str, Any]
+
+    def __call__(self, **supplied: Any) -> Any:
+        """Make the call, with arguments that do not come from the recipe."""
+        try:
+            return self.target(**self.arguments, **supplied)
+        except (ValueError, TypeError) as error:
+            raise self.recipe.error(self.key, str(error)) from error
+        except (OSError, ImportError, RuntimeError) as error:
+            raise self.recipe.error(self.key, str(error) or type(error).__name__, exit_code=1) from error
+
+
+@dataclass
+class TeacherPlan:
+    """How to get one teacher: a call, for which a model may be built, or be trained by a recipe of its own first."""
+
+    call: Call
+    model: Call | None = None
+    recipe: 'Plan | None' = None
+
+
+@dataclass
+class Plan:
+    """Everything that a run is made of."""
+
+    recipe: Recipe
+    model: Call
+    train_data: Call
+    eval_data: Call | None
+    optimizer: Call | None
+    teachers: list[TeacherPlan]
+    schedulers: list[Call] = field(default_factory=list)
+    algorithms: list[Call] = field(default_factory=list)
+    callbacks: list[Call] = field(default_factory=list)
+    loggers: list[Call] = field(default_factory=list)
+    trainer: dict[str, Any] = field(default_factory=dict)
+
+
+def check(recipe: Recipe, trail: tuple[Path, ...] = ()) -> Plan:
+    """Resolve every name of a recipe and bind every argument, without data, downloads, or building a network.
+
+    Args:
+        recipe (Recipe): The recipe; values that it leaves to us are filled in.
+        trail (tuple[Path]): Recipes that led to this one, each a teacher of the one before.
+
+    Raises:
+        RecipeError: If anything is wrong with it, or with the recipe of one of its teachers.
+    """
+    config = recipe.config
+    trainer_keys = [key for key in signature(_trainer()) if key not in _NOT_PLAIN]
+    known = [*SECTIONS, 'runs_dir', *trainer_keys]
+    for key in config:
+        if key not in known:
+            raise recipe.error((key,), f'a recipe has no {key!r}; {nearest(key, known)}')
+    for key in ('model', 'train_data', 'max_duration'):
+        if config.get(key) is None:
+            raise recipe.error((), f'the recipe has no {key!r}; add it')
+    for key, value in DEFAULTS.items():
+        config.setdefault(key, value)
+
+    plan = Plan(
+        recipe,
+        _builder(recipe, ('model',), config['model'], 'model'),
+        _builder(recipe, ('train_data',), config['train_data'], 'data'),
+        _builder(recipe, ('eval_data',), config['eval_data'], 'data') if config.get('eval_data') else None,
+        _builder(recipe, ('optimizer',), config['optimizer'], 'optimizer', {'params'})
+        if config.get('optimizer')
+        else None,
+        _teachers(recipe, (*trail, recipe.path.resolve())),
+    )
+    for section in NAMED_SECTIONS:
+        setattr(plan, section, _named(recipe, section))
+    plan.trainer = bind(recipe, (), _trainer(), {k: config[k] for k in trainer_keys if k in config}, _NOT_PLAIN)
+    _check_values(recipe)
+    _check_algorithms(plan)
+    for scheduler in plan.schedulers:
+        scheduler()
+    return plan
+
+
+def takes_teachers(call: Call) -> bool:
+    """Whether an algorithm is one that distills."""
+    return 'teachers' in signature(call.target)
+
+
+def _trainer() -> Target:
+    from composer import Trainer
+
+    return Trainer
+
+
+def _builder(recipe: Recipe, key: tuple, given: object, kind: str, supplied: Collection[str] = ()) -> Call:
+    """The call of a section `{name: ..., argument: ...}`."""
+    arguments, target = _named_arguments(recipe, key, kind, given)
+    return Call(recipe, key, target, bind(recipe, key, target, arguments, supplied))
+
+
+def _named_arguments(recipe: Recipe, key: tuple, kind: str, given: object) -> tuple[dict[str, Any], Target]:
+    if not isinstance(given, Mapping) or 'name' not in given:
+        raise recipe.error(key, f'must be a mapping with the name of the {kind}, not {given!r}')
+    target = resolve(recipe, (*key, 'name'), kind, given['name'])
+    return {name: value for name, value in given.items() if name != 'name'}, target
+
+
+def _named(recipe: Recipe, section: str) -> list[Call]:
+    """The calls of a section that maps names to arguments."""
+    given = recipe.config.get(section) or {}
+    if not isinstance(given, Mapping):
+        raise recipe.error((section,), f'must be a mapping of names to arguments, not {given!r}')
+    calls: dict[Target, Call] = {}
+    for name, arguments in given.items():
+        key = (section, name)
+        target = resolve(recipe, key, section.removesuffix('s'), name)
+        if target in calls:
+            raise recipe.error(key, f'is there already, as {calls[target].key[-1]!r}; remove one')
+        supplied = {'teachers'} if section == 'algorithms' and 'teachers' in signature(target) else set()
+        calls[target] = Call(recipe, key, target, bind(recipe, key, target, arguments, supplied))
+    return list(calls.values())
+
+
+def _teachers(recipe: Recipe, trail: tuple[Path, ...]) -> list[TeacherPlan]:
+    given = recipe.config.get('teachers') or []
+    if not isinstance(given, list):
+        raise recipe.error(('teachers',), f'must be a list of teachers, not {given!r}')
+    return [_teacher(recipe, ('teachers', index), entry, trail) for index, entry in enumerate(given)]
+
+
+def _teacher(recipe: Recipe, key: tuple, entry: object, trail: tuple[Path, ...]) -> TeacherPlan:
+    arguments, target = _named_arguments(recipe, key, 'teacher', entry)
+    if 'model' not in signature(target):
+        return TeacherPlan(Call(recipe, key, target, bind(recipe, key, target, arguments)))
+    model, path = arguments.pop('model', None), arguments.pop('recipe', None)
+    if (model is None) == (path is None):
+        raise recipe.error(key, 'a teacher has either a `model` or a `recipe`; give one of them')
+    call = Call(recipe, key, target, bind(recipe, key, target, arguments, {'model'}))
+    if path is None:
+        return TeacherPlan(call, _builder(recipe, (*key, 'model'), model, 'model'))
+    for name in ('checkpoint', 'sha256'):
+        if name in arguments:
+            raise recipe.error((*key, name), 'comes from the run of `recipe`; give a `model` instead, or remove it')
+    plan = _teacher_recipe(recipe, (*key, 'recipe'), path, trail)
+    return TeacherPlan(call, plan.model, plan)
+
+
+def _teacher_recipe(recipe: Recipe, key: tuple, path: object, trail: tuple[Path, ...]) -> Plan:
+    if not isinstance(path, str):
+        raise recipe.error(key, f'must be the path of a recipe, not {path!r}')
+    beside = recipe.path.parent / path
+    found = beside if beside.exists() else Path(path)
+    if not found.is_file():
+        raise recipe.error(key, f'there is no file {beside}; give the path of a recipe')
+    if found.resolve() in trail:
+        raise recipe.error(key, f'{found} is taught by its own student; remove one of the two')
+    teacher = load(found)
+    teacher.config |= {name: recipe.config[name] for name in INHERITED if name in recipe.config}
+    return check(teacher, trail)
+
+
+def _check_values(recipe: Recipe) -> None:
+    """Check values that are of the right type and wrong all the same."""
+    from composer.core import Time, TimeUnit
+
+    config = recipe.config
+    if Time.from_input(config['max_duration'], TimeUnit.EPOCH).unit in (TimeUnit.SECOND, TimeUnit.DURATION):
+        raise recipe.error(('max_duration',), 'a run is as long as so many epochs, batches, samples or tokens')
+    if config['seed'] is None or not 0 <= config['seed'] < 2**32 - 1:
+        raise recipe.error(('seed',), f'must be from 0 to 2**32 - 2, not {config["seed"]!r}')
+    if not isinstance(config['runs_dir'], str):
+        raise recipe.error(('runs_dir',), f'must be the path of a folder, not {config["runs_dir"]!r}')
+    name = config.get('run_name')
+    if name is not None and (not name or Path(name).name != name):
+        raise recipe.error(('run_name',), f'must be the name of a folder, not {name!r}')
+
+
+def _check_algorithms(plan: Plan) -> None:
+    """Construct the algorithms, which costs nothing, and see whether they fit together."""
+    from composer.core import Event
+
+    recipe = plan.recipe
+    distilling = [call for call in plan.algorithms if takes_teachers(call)]
+    if len(distilling) > 1:
+        raise recipe.error(
+            distilling[1].key, f'one distilling algorithm per run; there is {distilling[0].key[-1]!r} already'
+        )
+    if plan.teachers and not distilling:
+        raise recipe.error(('teachers',), 'nothing learns from them; add knowledge_distillation to `algorithms`')
+    if distilling and not plan.teachers:
+        raise recipe.error(distilling[0].key, 'there is no teacher to learn from; add a `teachers` section')
+
+    ours = [call for call in plan.algorithms if call.target.__module__.startswith('composer_kd.')]
+    built = {
+        id(call): call(**({'teachers': [_unbuilt_teacher()] * len(plan.teachers)} if call in distilling else {}))
+        for call in plan.algorithms
+        if call not in distilling or call in ours
+    }
+    state: Any = SimpleNamespace(algorithms=list(built.values()))
+    for call in ours:
+        if call not in distilling:  # they look for the one that distills, and for nothing else
+            Call(recipe, call.key, built[id(call)].apply, {})(event=Event.INIT, state=state, logger=None)
+
+
+def _unbuilt_teacher() -> Any:
+    """Stands in for a teacher where only its being one matters."""
+    methods = ('check', 'prepare', 'signal', 'release', 'manifest')
+    return SimpleNamespace(name='teacher', **dict.fromkeys(methods, lambda *_: None))

@@ -1,0 +1,191 @@
+"""A recipe file and its overrides -> one plain dict that knows on which line each value stands."""
+
+import difflib
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+NAMED_SECTIONS = ('schedulers', 'algorithms', 'callbacks', 'loggers')  # mappings of a name to its arguments
+SECTIONS = ('model', 'teachers', 'train_data', 'eval_data', 'optimizer', *NAMED_SECTIONS)
+COMMAND_LINE = 'command line'
+
+Key = tuple[str, ...]
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be run, in one line: where, what is wrong, what to do.
+
+    Args:
+        message (str): The line.
+        exit_code (int): 2 for a recipe that is wrong, 1 for one whose run failed (missing data, a bad checkpoint, ...).
+    """
+
+    def __init__(self, message: str, exit_code: int = 2):
+        super().__init__(' '.join(message.split()))
+        self.exit_code = exit_code
+
+
+@dataclass
+class Recipe:
+    """One recipe: its file, its values with overrides and interpolations resolved, and where each value stands.
+
+    Args:
+        path (Path): The file.
+        config (dict): The values.
+        lines (dict): Position of each key: a line number, or None for one given on the command line.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    lines: dict[Key, int | None] = field(default_factory=dict)
+
+    def where(self, key: Sequence[object] = ()) -> str:
+        """`FILE:LINE` of a key, or of the nearest key around it; `command line` for a value that was given there."""
+        path = tuple(map(str, key))
+        while path and path not in self.lines:
+            path = path[:-1]
+        line = self.lines.get(path, 1)
+        return COMMAND_LINE if line is None else f'{self.path}:{line}'
+
+    def error(self, key: Sequence[object], message: str, exit_code: int = 2) -> RecipeError:
+        """The error to raise for what stands at a key."""
+        name = '.'.join(map(str, key))
+        return RecipeError(f'{self.where(key)}: {name + ": " if name else ""}{message}', exit_code)
+
+
+def nearest(name: str, names: Collection[str]) -> str:
+    """A hint that ends an error message: the name that was probably meant, or all of them."""
+    close = difflib.get_close_matches(name, names, n=1)
+    return f'did you mean {close[0]!r}?' if close else f'there are: {", ".join(sorted(names))}'
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe file, apply overrides, resolve interpolations (`${max_duration}`, `${oc.env:HOME,null}`).
+
+    Args:
+        path (str | Path): The YAML file.
+        overrides (Sequence[str]): Items `key.sub=value`, the value in YAML; an entry of a list is named by its index
+            (`teachers.0.checkpoint=x.pt`).
+
+    Raises:
+        RecipeError: If the file cannot be read, is not a recipe, or an override does not fit it.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding='utf-8')
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f'{path}: cannot read the recipe: {getattr(error, "strerror", None) or error}') from error
+    recipe = Recipe(path, {})
+    data = _parse(text, str(path), recipe.lines)
+    required = {'model', 'train_data', 'max_duration'}
+    if not isinstance(data, dict) or not required & data.keys():
+        raise RecipeError(f'{path}:1: this is no recipe: a recipe is a mapping with model, train_data and max_duration')
+    for override in overrides:
+        _override(data, override, recipe.lines)
+    recipe.config = _interpolate(recipe, data)
+    return recipe
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people write it: `1e-3` is a number; dates, `yes` and `no` are text."""
+
+
+_FLOAT = re.compile(
+    r'[-+]?(\d[\d_]*\.[\d_]*|\.\d[\d_]*|\d[\d_]*(?=[eE]))([eE][-+]?\d+)?$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$'
+)
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, regexp) for tag, regexp in resolvers if not tag.endswith((':bool', ':float', ':timestamp'))]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    'tag:yaml.org,2002:bool', re.compile('true$|false$|True$|False$|TRUE$|FALSE$'), list('tTfF')
+)
+_Loader.add_implicit_resolver('tag:yaml.org,2002:float', _FLOAT, list('-+0123456789.'))
+
+
+def _parse(text: str, name: str, lines: dict[Key, int | None]) -> Any:
+    """The value of a YAML text; fills `lines` with the line of every key and list entry."""
+    try:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        return None if node is None else _construct(loader, node, (), lines, name)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        raise RecipeError(f'{name}:{mark.line + 1 if mark else 1}: not valid YAML: {error.problem}') from error
+    except yaml.YAMLError as error:
+        raise RecipeError(f'{name}:1: not valid YAML: {error}') from error
+    except RecursionError as error:
+        raise RecipeError(f'{name}:1: not valid YAML: an alias contains itself') from error
+
+
+def _construct(loader: _Loader, node: yaml.Node, key: Key, lines: dict[Key, int | None], name: str) -> Any:
+    lines.setdefault(key, node.start_mark.line + 1)
+    if isinstance(node, yaml.MappingNode) and node.tag == 'tag:yaml.org,2002:map':
+        own: dict[str, int] = {}
+        for key_node, _ in node.value:
+            line = key_node.start_mark.line + 1
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise RecipeError(f'{name}:{line}: not valid here: a key must be a word')
+            if key_node.value in own:
+                at = '.'.join((*key, key_node.value))
+                raise RecipeError(f'{name}:{line}: {at}: given twice, first in line {own[key_node.value]}; remove one')
+            own[key_node.value] = line
+        loader.flatten_mapping(node)
+        for key_node, _ in node.value:
+            lines[(*key, key_node.value)] = key_node.start_mark.line + 1
+        return {k.value: _construct(loader, v, (*key, k.value), lines, name) for k, v in node.value}
+    if isinstance(node, yaml.SequenceNode) and node.tag == 'tag:yaml.org,2002:seq':
+        return [_construct(loader, v, (*key, str(i)), lines, name) for i, v in enumerate(node.value)]
+    return loader.construct_object(node, deep=True)
+
+
+def _override(data: dict, override: str, lines: dict[Key, int | None]) -> None:
+    """Set one value in place."""
+    name, equals, text = override.partition('=')
+    if not equals or not name:
+        raise RecipeError(f'{COMMAND_LINE}: an override is written key=value, not {override!r}')
+    key = tuple(name.split('.'))
+    try:
+        value = _parse(text, COMMAND_LINE, {})
+    except RecipeError as error:
+        raise RecipeError(f'{COMMAND_LINE}: {name}: {text!r} is not valid YAML') from error
+    here: Any = data
+    for depth, part in enumerate(key[:-1]):
+        index = _index(here, part, name)
+        if isinstance(here, dict) and here.get(index) is None:
+            section = key[0] if depth < 2 else None
+            if section not in (SECTIONS if depth == 0 else NAMED_SECTIONS) or section == 'teachers':
+                raise RecipeError(f'{COMMAND_LINE}: {name}: no {part!r} here; {nearest(part, here or SECTIONS)}')
+            here[index] = {}
+        here = here[index]
+    here[_index(here, key[-1], name)] = value
+    for known in [known for known in lines if known[: len(key)] == key]:
+        del lines[known]
+    lines[key] = None
+
+
+def _index(here: Any, part: str, name: str) -> Any:
+    """What names `part` within a mapping or a list."""
+    if isinstance(here, dict):
+        return part
+    if not isinstance(here, list):
+        raise RecipeError(f'{COMMAND_LINE}: {name}: no {part!r} in the value {here!r}')
+    if not part.isdecimal() or int(part) >= len(here):
+        raise RecipeError(f'{COMMAND_LINE}: {name}: no entry {part!r} in a list of {len(here)}; the first is 0')
+    return int(part)
+
+
+def _interpolate(recipe: Recipe, data: dict) -> dict[str, Any]:
+    try:
+        config = OmegaConf.to_container(OmegaConf.create(data), resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        key = [part for part in re.split(r'[.\[\]]+', str(error.full_key or '')) if part]
+        raise recipe.error(key, str(error.msg or error).splitlines()[0]) from error
+    assert isinstance(config, dict)
+    return {str(key): value for key, value in config.items()}

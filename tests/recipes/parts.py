@@ -1,0 +1,62 @@
+"""A callback and a model that recipes in these tests name by dotted path."""
+
+import weakref
+
+import torch
+from composer.core import Callback, State
+from composer.models import ComposerClassifier
+
+
+class Interrupt(Callback):
+    """Raises at the end of a batch, once in the life of this process."""
+
+    batch = -1
+
+    def batch_end(self, state: State, logger) -> None:
+        if state.timestamp.batch == Interrupt.batch:
+            Interrupt.batch = -1
+            raise KeyboardInterrupt
+
+
+class RememberState(Callback):
+    """Keeps a weak reference to the state of a run."""
+
+    state = None
+
+    def fit_start(self, state: State, logger) -> None:
+        RememberState.state = weakref.ref(state)
+
+
+class LookForState(Callback):
+    """Notes whether the state that was remembered is still in memory as another run begins."""
+
+    found = None
+
+    def fit_start(self, state: State, logger) -> None:
+        assert RememberState.state is not None
+        LookForState.found = RememberState.state() is not None
+
+
+class InitialWeights(Callback):
+    """Keeps what the student's weights were before its first batch."""
+
+    weights: list[dict[str, torch.Tensor]] = []
+
+    def fit_start(self, state: State, logger) -> None:
+        InitialWeights.weights.append({k: v.clone() for k, v in state.model.state_dict().items()})
+
+
+def says_nan(num_classes: int = 10) -> ComposerClassifier:
+    class Nan(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.full((1,), torch.nan))
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return self.weight.expand(len(images), num_classes)
+
+    return ComposerClassifier(Nan(), num_classes=num_classes)
+
+
+def bare_network() -> torch.nn.Module:
+    return torch.nn.Linear(1, 1)

@@ -1,0 +1,286 @@
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+import parts
+import pytest
+import torch
+
+from composer_kd.recipes import RecipeError, run
+from composer_kd.recipes.metrics_logger import read_metrics
+
+HEAD = """\
+model: {name: small_convnet, num_classes: 10, width: 4}
+train_data: {name: digits, split: train, batch_size: 256}
+eval_data: {name: digits, split: test, batch_size: 256}
+max_duration: 2ep
+optimizer: {name: decoupled_sgdw, lr: 0.1, momentum: 0.9}
+device: cpu
+"""
+TEACHER = HEAD.replace('width: 4', 'width: 6').replace('2ep', '1ep')
+STUDENT = """\
+teachers: [{name: network, recipe: teacher.yaml}]
+algorithms:
+  knowledge_distillation: {temperature: 2}
+"""
+
+
+@pytest.fixture
+def recipes(write):
+    """A teacher's recipe and its student's, for digits."""
+    return write('', 'teacher.yaml', TEACHER), write(STUDENT, 'x.yaml', HEAD)
+
+
+def weights(folder) -> dict[str, torch.Tensor]:
+    summary = json.loads((Path(folder) / 'summary.json').read_text())
+    return torch.load(Path(folder) / summary['checkpoint'], weights_only=False)['state']['model']
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def without_times(rows):
+    return [{name: v for name, v in row.items() if name not in ('seconds', 'time/teacher')} for row in rows]
+
+
+def test_what_a_run_leaves(write, capsys):
+    write('', 'x.yaml', HEAD)
+    summary = run('x.yaml', ['max_duration=3ep', 'callbacks.lr_monitor={}'])
+    folder = Path('runs/x')
+    assert {path.name for path in folder.iterdir()} == {
+        *('recipe.yaml', 'checkpoints', 'metrics.jsonl', 'summary.json', 'curves.png')
+    }
+    assert {path.name for path in (folder / 'checkpoints').iterdir()} == {'ep3-ba15-rank0.pt', 'latest-rank0.pt'}
+    assert summary == json.loads((folder / 'summary.json').read_text())
+    assert summary['checkpoint'] == 'checkpoints/ep3-ba15-rank0.pt'
+    assert summary['checkpoint_sha256'] == hashlib.sha256((folder / summary['checkpoint']).read_bytes()).hexdigest()
+    assert (summary['epochs'], summary['batches'], summary['samples'], summary['world_size']) == (3, 15, 3840, 1)
+    assert summary['train_seconds'] > 0 and summary['teacher_seconds'] == summary['teacher_forwards'] == 0
+    assert summary['samples_per_second'] == summary['samples'] / summary['train_seconds']
+    assert summary['parameters'] == sum(
+        v.numel() for k, v in weights(folder).items() if 'running' not in k and 'num_b' not in k
+    )
+    assert summary['versions']['torch'] == torch.__version__.split('+')[0]
+    assert (folder / 'curves.png').read_bytes().startswith(b'\x89PNG')
+
+    rows = read_metrics(folder / 'metrics.jsonl')
+    assert [row['batch'] for row in rows] == list(range(1, 16))
+    assert [row['batch'] for row in rows if 'metrics/eval/MulticlassAccuracy' in row] == [5, 10, 15]
+    assert all(isinstance(row['loss/train/total'], float) and 'lr-DecoupledSGDW/group0' in row for row in rows)
+    assert summary['metrics']['metrics/eval/MulticlassAccuracy'] == rows[-1]['metrics/eval/MulticlassAccuracy']
+    assert summary['metrics']['loss/train/total'] == rows[-1]['loss/train/total']
+
+    printed = capsys.readouterr().out
+    assert 'epoch 2  batch 10  eval/' in printed and 'x: 3 epochs, 15 batches' in printed
+    assert 'runs/x/curves.png' in printed
+
+    again = run('runs/x/recipe.yaml', ['run_name=again'])  # what it wrote down is the recipe
+    assert same(weights('runs/again'), weights(folder)) and again['metrics'].keys() == summary['metrics'].keys()
+
+
+def test_names_of_runs(write):
+    write('', 'x.yaml', HEAD)
+    short = ['max_duration=1ba', 'runs_dir=out']
+    assert [run('x.yaml', short)['run_name'] for _ in range(3)] == ['x', 'x-2', 'x-3']
+    assert run('x.yaml', [*short, 'run_name=y'])['run_name'] == 'y'
+    with pytest.raises(RecipeError) as error:
+        run('x.yaml', [*short, 'run_name=y'])
+    todo = 'out/y is there already; choose another run_name, or go on with that run by autoresume=true'
+    assert str(error.value) == f'command line: run_name: {todo}'
+    Path('out/empty').mkdir()
+    assert run('x.yaml', [*short, 'run_name=empty'])['run_name'] == 'empty'
+    (Path('out/strange') / 'x').mkdir(parents=True)
+    with pytest.raises(RecipeError, match='out/strange is there already'):
+        run('x.yaml', [*short, 'run_name=strange', 'autoresume=true'])
+
+
+@pytest.mark.parametrize('batch', [3, 8])
+def test_an_interrupted_run_goes_on(recipes, batch, capsys):
+    """Killed once, before the first checkpoint and after it, the run ends as if nothing had happened."""
+    more = ['callbacks={parts.Interrupt: {}}', 'max_duration=3ep']
+    run('x.yaml', more)
+    parts.Interrupt.batch = batch
+    with pytest.raises(KeyboardInterrupt):
+        run('x.yaml', [*more, 'run_name=y'])
+    assert not Path('runs/y/summary.json').exists()
+    summary = run('x.yaml', [*more, 'run_name=y', 'autoresume=true'])
+    assert without_times(read_metrics(Path('runs/y/metrics.jsonl'))) == without_times(
+        read_metrics(Path('runs/x/metrics.jsonl'))
+    )
+    assert same(weights('runs/x'), weights('runs/y'))
+    assert summary['teacher_forwards'] == 15
+    assert [path.name for path in Path('runs/y/checkpoints').glob('ep*')] == ['ep3-ba15-rank0.pt']
+
+    # Once more: there is nothing left to train, but the summary is whole; and it may be made longer.
+    assert run('x.yaml', [*more, 'run_name=y', 'autoresume=true'])['metrics'] == summary['metrics']
+    assert 'another recipe' not in capsys.readouterr().out
+    assert run('x.yaml', [*more, 'run_name=y', 'autoresume=true', 'max_duration=4ep'])['batches'] == 20
+    assert 'going on in runs/y with another recipe than it began with: max_duration changed' in capsys.readouterr().out
+    assert [row['batch'] for row in read_metrics(Path('runs/y/metrics.jsonl'))] == list(range(1, 21))
+
+
+def test_a_damaged_checkpoint_is_not_resumed_from(write):
+    write('', 'x.yaml', HEAD)
+    summary = run('x.yaml', ['max_duration=1ep'])
+    checkpoint = Path('runs/x') / summary['checkpoint']
+    checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
+    with pytest.raises(
+        RecipeError, match=r'latest-rank0.pt is damaged; put one back that is whole, or delete runs/x'
+    ) as error:
+        run('x.yaml', ['autoresume=true'])
+    assert error.value.exit_code == 1
+
+
+def test_a_checkpoint_of_another_model_is_not_resumed_from(write):
+    write('', 'x.yaml', HEAD)
+    run('x.yaml', ['max_duration=1ep'])
+    with pytest.raises(RecipeError, match=r'^x.yaml:1: cannot load the checkpoint: .*size mismatch') as error:
+        run('x.yaml', ['autoresume=true', 'model.width=5'])
+    assert error.value.exit_code == 1
+    assert Path('runs/x/checkpoints/latest-rank0.pt').exists()
+
+
+def test_teacher_is_trained_once(recipes, capsys):
+    first = run('x.yaml')
+    assert 'training the teacher teacher.yaml in runs/teacher' in capsys.readouterr().out
+    teacher = json.loads(Path('runs/teacher/summary.json').read_text())
+    assert first['teacher_training_seconds'] == teacher['train_seconds'] > 0
+    assert first['teacher_forwards'] == 10 and 0 < first['teacher_seconds'] < first['train_seconds']
+    second = run('x.yaml')
+    printed = capsys.readouterr().out
+    assert 'found the teacher teacher.yaml in runs/teacher' in printed and 'of them the teachers' in printed
+    assert second['run_name'] == 'x-2'
+    assert same(weights('runs/x'), weights('runs/x-2'))
+    assert json.loads(Path('runs/teacher/summary.json').read_text()) == teacher
+
+
+def test_the_students_randomness_does_not_depend_on_teachers(recipes, monkeypatch):
+    monkeypatch.setattr(parts.InitialWeights, 'weights', [])
+    watch = 'callbacks={parts.InitialWeights: {}}'
+    deaf = ['algorithms.knowledge_distillation={kd_weight: 0.0, label_weight: 1.0}', watch]
+    run('x.yaml', ['run_name=trained', *deaf])
+    run('x.yaml', ['run_name=found', *deaf])
+    run('x.yaml', ['run_name=alone', 'teachers=[]', 'algorithms={}', watch])
+    initial = parts.InitialWeights.weights
+    assert len(initial) == 3 and same(initial[0], initial[1]) and same(initial[0], initial[2])
+    assert same(weights('runs/trained'), weights('runs/found')) and same(weights('runs/trained'), weights('runs/alone'))
+    run('x.yaml', ['run_name=other', 'seed=5', 'teachers=[]', 'algorithms={}', watch])
+    assert not same(initial[0], initial[3])
+
+
+def test_the_teachers_run_frees_its_memory(recipes, write):
+    write('callbacks: {parts.RememberState: {}}\n', 'teacher.yaml', TEACHER)
+    run('x.yaml', ['callbacks={parts.LookForState: {}}'])
+    assert parts.LookForState.found is False
+
+
+def test_an_unfinished_teacher_is_finished(recipes, write, capsys):
+    write('callbacks: {parts.Interrupt: {}}\n', 'teacher.yaml', TEACHER.replace('1ep', '2ep'))
+    parts.Interrupt.batch = 7
+    with pytest.raises(KeyboardInterrupt):
+        run('x.yaml')
+    assert not Path('runs/x').exists()
+    run('x.yaml')
+    assert 'training the teacher' in capsys.readouterr().out
+    assert [row['batch'] for row in read_metrics(Path('runs/teacher/metrics.jsonl'))] == list(range(1, 11))
+
+
+def test_another_teacher_than_the_one_that_is_there(recipes, write):
+    run('teacher.yaml', ['log_to_console=false'])  # by itself; how it is shown makes no difference
+    run('x.yaml', ['run_name=one'])
+    write('', 'teacher.yaml', TEACHER.replace('width: 6', 'width: 5'))
+    with pytest.raises(RecipeError) as error:
+        run('x.yaml', ['run_name=two'])
+    assert str(error.value) == (
+        'teacher.yaml:1: model.width: runs/teacher is a run of another recipe, which differs in model.width; '
+        'delete runs/teacher, or give teacher.yaml another run_name'
+    )
+    write('run_name: narrow\n', 'teacher.yaml', TEACHER.replace('width: 6', 'width: 5'))
+    run('x.yaml', ['run_name=two'])
+    assert Path('runs/narrow/summary.json').exists()
+
+
+@pytest.mark.parametrize('damage', ['gone', 'changed', 'no run'])
+def test_a_teacher_that_cannot_be_used(recipes, damage):
+    checkpoint = Path('runs/teacher') / run('teacher.yaml')['checkpoint']
+    if damage == 'gone':
+        checkpoint.unlink()
+        message = (
+            'teacher.yaml:1: the checkpoint of runs/teacher is gone; delete runs/teacher, or give teacher.yaml another'
+        )
+    elif damage == 'changed':
+        checkpoint.write_bytes(checkpoint.read_bytes() + b'x')
+        message = f'x.yaml:7: teachers.0: {checkpoint}: is not the expected file'
+    else:
+        Path('runs/teacher/recipe.yaml').unlink()
+        message = (
+            'teacher.yaml:1: runs/teacher is there, but is no run; delete runs/teacher, or give teacher.yaml another'
+        )
+    with pytest.raises(RecipeError) as error:
+        run('x.yaml')
+    assert str(error.value).startswith(message)
+    assert not Path('runs/x').exists()
+
+
+MISTAKES = {
+    'classes': (['model.num_classes=7'], 'x.yaml:7: teachers: teacher teacher has 10 classes, the student 7', 2),
+    'device': (['device=cqu'], 'command line: device: device (cqu) must be one of', 2),
+    'batch size': (['train_data.batch_size=0'], 'x.yaml:2: train_data: batch_size=0 counts all ranks', 2),
+    'no data': (
+        ['train_data={name: imagenet, data_dir: nowhere, split: train, batch_size: 2}'],
+        'command line: train_data: ',
+        1,
+    ),
+    'no checkpoint': (
+        ['teachers=[{name: network, model: {name: small_convnet}, checkpoint: no.pt}]'],
+        'command line: teachers.0: no.pt: no such file; ',
+        1,
+    ),
+    'no load_path': (['load_path=no.pt'], 'x.yaml:1: Local path no.pt does not exist', 1),
+    'no checkpoint at all': (['load_path=x.yaml'], 'x.yaml:1: cannot load the checkpoint: ', 1),
+    'no classifier': (
+        ['model={name: parts.bare_network}'],
+        'command line: model: must build a ComposerModel, not Linear',
+        2,
+    ),
+    'a constructor': (['optimizer={name: sgd, lr: -1}'], 'command line: optimizer: Invalid learning rate: -1', 2),
+    'runs_dir': (
+        ['runs_dir=x.yaml', 'teachers=[]', 'algorithms={}'],
+        'command line: runs_dir: cannot make x.yaml/x: Not a directory',
+        1,
+    ),
+    'precision': (['precision=amp_fp16'], 'x.yaml:1: ', 2),
+}
+
+
+@pytest.mark.parametrize('mistake', MISTAKES)
+def test_what_cannot_be_run_leaves_nothing(recipes, mistake):
+    overrides, message, exit_code = MISTAKES[mistake]
+    run('teacher.yaml')
+    before = sorted(Path().rglob('*'))
+    with pytest.raises(RecipeError) as error:
+        run('x.yaml', overrides)
+    assert str(error.value).startswith(message)
+    assert '\n' not in str(error.value)
+    assert error.value.exit_code == exit_code
+    assert sorted(path for path in Path().rglob('*') if '__pycache__' not in str(path)) == before
+
+
+def test_a_teacher_that_says_nan(recipes):
+    with pytest.raises(RecipeError, match=r'^command line: teachers: teacher .* gave NaN') as error:
+        run('x.yaml', ['teachers=[{name: network, model: {name: parts.says_nan}}]'])
+    assert error.value.exit_code == 1
+    assert not Path('runs/x/summary.json').exists()
+
+
+def test_own_modules_are_found_where_one_works(write, monkeypatch):
+    monkeypatch.setattr(sys, 'path', [path for path in sys.path if path != ''])
+    write(
+        '',
+        'own_for_run.py',
+        'from composer_kd.models import small_convnet\ndef mine(): return small_convnet(width=3)\n',
+    )
+    write('', 'x.yaml', HEAD)
+    assert run('x.yaml', ['model={name: own_for_run.mine}', 'max_duration=1ba'])['batches'] == 1
