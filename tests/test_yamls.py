@@ -1,13 +1,13 @@
-"""Every YAML that we ship: right by the checker, and trains; a twin differs from its baseline in the distillation alone."""
+"""Every YAML that we ship: right by the checker, and trains; twins differ in the distillation alone."""
 
 import json
 from pathlib import Path
 
 import pytest
 import yaml
-from helpers import make_imagefolder
 
 from composer_kd.recipes import check, load, run
+from helpers import make_imagefolder
 
 YAMLS = sorted((Path(__file__).parents[1] / 'yamls').glob('*.yaml'))
 NAMES = [path.stem for path in YAMLS]

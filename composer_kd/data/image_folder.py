@@ -1,6 +1,5 @@
 """ImageNet: one JPEG file per image in one folder per class, as torchvision's ImageFolder reads it."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -50,7 +49,7 @@ def imagenet(
         split: `train` or `val`.
         batch_size: images in a batch over all ranks.
         data_dir: folder with `train/` and `val/`, each with one folder per class (torchvision's ImageFolder layout).
-            Default: None, the environment variable IMAGENET_DIR.
+            Default: None, which goes with `synthetic` alone.
         crop_size: side of the images, pixels. Default: 224.
         resize_size: length to which the shorter side of a validation image is brought before the crop, pixels. Default:
             None, 256 / 224 of `crop_size`.
@@ -94,12 +93,11 @@ def imagenet(
 
 
 def _folder(data_dir: str | Path | None, split: str) -> Path:
-    root = data_dir or os.environ.get('IMAGENET_DIR')
-    if not root or not (folder := Path(root) / split).is_dir():
-        found = f'no folder {Path(root) / split}' if root else 'no data_dir'
+    if not data_dir or not (folder := Path(data_dir) / split).is_dir():
+        found = f'no folder {Path(data_dir) / split}' if data_dir else 'no data_dir'
         key = 'train_data' if split == 'train' else 'eval_data'
         raise FileNotFoundError(
-            f'imagenet: {found}: set IMAGENET_DIR (or {key}.data_dir=...) to a folder with train/ and val/ '
+            f'imagenet: {found}: set {key}.data_dir, or IMAGENET_DIR for our recipes, to a folder with train/ and val/ '
             "(torchvision's ImageFolder layout)"
         )
     return folder

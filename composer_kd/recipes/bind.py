@@ -20,14 +20,14 @@ def bind(
     """Check the arguments that a recipe gives to a function or class, without calling it.
 
     Args:
-        recipe (Recipe): The recipe.
-        key (tuple): Where the arguments stand.
-        target (Callable): What is to be called with them.
-        given (object): A mapping of argument names to values, or None for no arguments.
-        supplied (Collection[str]): Arguments that do not come from the recipe.
+        recipe: The recipe.
+        key: Where the arguments stand.
+        target: What is to be called with them.
+        given: A mapping of argument names to values, or None for no arguments.
+        supplied: Arguments that do not come from the recipe.
 
     Returns:
-        dict: The arguments, lists turned into tuples where a tuple is called for.
+        The arguments, lists turned into tuples where a tuple is called for.
 
     Raises:
         RecipeError: If an argument is unknown, missing or of a wrong type.

@@ -22,11 +22,11 @@ def build(plan: Plan, checkpoints: Sequence[tuple[Path, str] | None]) -> dict[st
     The student's weights are a function of the recipe's seed alone: the same on all ranks, with and without teachers.
 
     Args:
-        plan (Plan): The plan.
-        checkpoints (Sequence): For each teacher, file and SHA-256 of its checkpoint, None where it has none of a run.
+        plan: The plan.
+        checkpoints: For each teacher, file and SHA-256 of its checkpoint, None where it has none of a run.
 
     Returns:
-        dict: Keywords for Trainer.
+        Keywords for Trainer.
 
     Raises:
         RecipeError: If anything cannot be built, or a teacher does not fit the student.

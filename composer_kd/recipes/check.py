@@ -69,8 +69,8 @@ def check(recipe: Recipe, trail: tuple[Path, ...] = ()) -> Plan:
     """Resolve every name of a recipe and bind every argument, without data, downloads, or building a network.
 
     Args:
-        recipe (Recipe): The recipe; values that it leaves to us are filled in.
-        trail (tuple[Path]): Recipes that led to this one, each a teacher of the one before.
+        recipe: The recipe; values that it leaves to us are filled in.
+        trail: Recipes that led to this one, each a teacher of the one before.
 
     Raises:
         RecipeError: If anything is wrong with it, or with the recipe of one of its teachers.

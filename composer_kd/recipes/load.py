@@ -22,7 +22,7 @@ class RecipeError(ValueError):
     """A recipe that cannot be run, in one line: where, what is wrong, what to do.
 
     Args:
-        message (str): The line.
+        message: The line.
         exit_code (int): 2 for a recipe that is wrong, 1 for one whose run failed (missing data, a bad checkpoint, ...).
     """
 
@@ -36,9 +36,9 @@ class Recipe:
     """One recipe: its file, its values with overrides and interpolations resolved, and where each value stands.
 
     Args:
-        path (Path): The file.
-        config (dict): The values.
-        lines (dict): Position of each key: a line number, or None for one given on the command line.
+        path: The file.
+        config: The values.
+        lines: Position of each key: a line number, or None for one given on the command line.
     """
 
     path: Path
@@ -69,8 +69,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe file, apply overrides, resolve interpolations (`${max_duration}`, `${oc.env:HOME,null}`).
 
     Args:
-        path (str | Path): The YAML file.
-        overrides (Sequence[str]): Items `key.sub=value`, the value in YAML; an entry of a list is named by its index
+        path: The YAML file.
+        overrides: Items `key.sub=value`, the value in YAML; an entry of a list is named by its index
             (`teachers.0.checkpoint=x.pt`).
 
     Raises:

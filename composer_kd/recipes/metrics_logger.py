@@ -22,7 +22,7 @@ class MetricsLogger(LoggerDestination):
     How much of the file belongs to a checkpoint is kept in it: a run that resumes drops what was written later.
 
     Args:
-        path (Path): The file. Written by rank 0 alone.
+        path: The file. Written by rank 0 alone.
     """
 
     def __init__(self, path: Path):

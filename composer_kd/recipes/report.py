@@ -13,6 +13,7 @@ from composer.core import State
 from composer.loggers import Logger, LoggerDestination
 from composer.utils import dist
 
+from composer_kd import __version__
 from composer_kd.recipes.check import Plan
 from composer_kd.recipes.folder import write
 from composer_kd.recipes.metrics_logger import read_metrics
@@ -67,7 +68,8 @@ def summarize(plan: Plan, trainer: Trainer, folder: Path, teacher_training_secon
         'device': device,
         'precision': state.precision.value,
         'versions': {
-            **{name: version(name) for name in ('composer-kd', 'mosaicml', 'torch', 'torchvision')},
+            'composer-kd': __version__,
+            **{name: version(name) for name in ('mosaicml', 'torch', 'torchvision')},
             'python': platform.python_version(),
         },
         'git_commit': _git_commit(),

@@ -17,10 +17,10 @@ def resolve(recipe: Recipe, key: tuple[object, ...], kind: str, name: object) ->
     """Find what a name builds.
 
     Args:
-        recipe (Recipe): The recipe that names it.
-        key (tuple): Where it is named.
-        kind (str): `model`, `data`, `teacher`, `optimizer`, `scheduler`, `algorithm`, `callback` or `logger`.
-        name (object): A name of that kind, or `module.attribute`. Underscores do not count: CutMix is `cut_mix` and
+        recipe: The recipe that names it.
+        key: Where it is named.
+        kind: `model`, `data`, `teacher`, `optimizer`, `scheduler`, `algorithm`, `callback` or `logger`.
+        name: A name of that kind, or `module.attribute`. Underscores do not count: CutMix is `cut_mix` and
             `cutmix`.
 
     Raises:

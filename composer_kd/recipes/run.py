@@ -38,11 +38,11 @@ def run(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Do what a recipe says: train its teachers if they are still to be trained, then its student.
 
     Args:
-        path (str | Path): The recipe.
-        overrides (Sequence[str]): `key.sub=value`.
+        path: The recipe.
+        overrides: `key.sub=value`.
 
     Returns:
-        dict: The summary of the run, as in its `summary.json`.
+        The summary of the run, as in its `summary.json`.
 
     Raises:
         RecipeError: If the recipe is wrong, or cannot be followed here.

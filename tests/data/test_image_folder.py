@@ -70,21 +70,16 @@ def test_workers_hand_over_the_same_bytes(folder):
         assert torch.equal(labels, worker_labels)
 
 
-def test_data_dir_from_the_environment(folder, monkeypatch):
-    monkeypatch.setenv('IMAGENET_DIR', str(folder))
-    assert data.imagenet('val', 8, num_workers=0).num_samples == 8
-
-
 @pytest.mark.parametrize('split', ['train', 'val'])
 @pytest.mark.parametrize('data_dir', [None, '', 'nowhere'])
-def test_missing_data_says_what_to_do(monkeypatch, split, data_dir):
-    monkeypatch.delenv('IMAGENET_DIR', raising=False)
+def test_missing_data_says_what_to_do(split, data_dir):
     with pytest.raises(FileNotFoundError) as caught:
         data.imagenet(split, 8, data_dir=data_dir)
     message = str(caught.value)
     key = {'train': 'train_data', 'val': 'eval_data'}[split]
     assert message.endswith(
-        f"set IMAGENET_DIR (or {key}.data_dir=...) to a folder with train/ and val/ (torchvision's ImageFolder layout)"
+        f'set {key}.data_dir, or IMAGENET_DIR for our recipes, to a folder with train/ and val/ '
+        "(torchvision's ImageFolder layout)"
     )
     assert '\n' not in message
     assert ('nowhere' in message) == (data_dir == 'nowhere')

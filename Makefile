@@ -1,0 +1,17 @@
+.PHONY: test test-dist lint types bench
+
+test:
+	uv run pytest
+
+test-dist:
+	uv run pytest -m dist
+
+lint:
+	uv run ruff check
+	uv run ruff format --check
+
+types:
+	uv run pyright
+
+bench:
+	uv run --group peers python benchmarks/step_time.py
