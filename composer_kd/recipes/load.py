@@ -23,7 +23,7 @@ class RecipeError(ValueError):
 
     Args:
         message: The line.
-        exit_code (int): 2 for a recipe that is wrong, 1 for one whose run failed (missing data, a bad checkpoint, ...).
+        exit_code: 2 for a recipe that is wrong, 1 for one whose run failed (missing data, a bad checkpoint, ...).
     """
 
     def __init__(self, message: str, exit_code: int = 2):
