@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 
 from composer.core import Algorithm, Event, State, Time, TimeUnit
@@ -85,8 +86,10 @@ class EarlyStopDistillation(Algorithm):
 def _parse(name: str, time: str | Time) -> Time:
     try:
         parsed = Time.from_input(time)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RuntimeError) as error:
         raise ValueError(f"{name} must be a time string, such as '0.3dur', '30ep' or '5000ba', not {time!r}") from error
+    if not (math.isfinite(parsed.value) and parsed.value >= 0):
+        raise ValueError(f'{name} must be 0 or later, not {parsed}')
     if parsed.unit == TimeUnit.DURATION and parsed.value > 1:
         raise ValueError(f"{name} is {parsed}, but a run ends at '1dur'")
     return parsed

@@ -17,6 +17,7 @@ from composer.utils import ensure_tuple
 from composer_kd import losses
 from composer_kd.teachers import Teacher, TeacherPool, logits_of
 
+_NO_LABEL = -100  # torch's and Hugging Face's mark of a position without one
 _LOSSES = {loss.__name__: loss for loss in (losses.kl, losses.reverse_kl, losses.jsd, losses.mse, losses.cosine)}
 
 
@@ -38,9 +39,18 @@ def blend(
 
     Returns:
         ``'total'``, which is trained on, and its parts before weighting: ``'label'``, ``'kd'``,
-        and the single losses where ``label_loss`` was a mapping.
+        and the single losses where ``label_loss`` has several.
+
+    Raises:
+        ValueError: ``label_loss`` has a part that is called ``'label'`` or ``'kd'``.
     """
-    parts = dict(label_loss) if isinstance(label_loss, Mapping) else {}
+    if isinstance(label_loss, Mapping):
+        parts = dict(label_loss)
+    else:  # as Composer calls them
+        parts = {f'loss{i}': loss for i, loss in enumerate(ensure_tuple(label_loss))}
+        parts = parts if len(parts) > 1 else {}
+    if clash := parts.keys() & {'label', 'kd'}:
+        raise ValueError(f"the model's loss has a part {clash.pop()!r}, a name that distillation logs under: rename it")
     label = _total(label_loss)
     return {**parts, 'label': label, 'kd': kd_loss, 'total': label_weight * label + kd_weight * kd_loss}
 
@@ -57,8 +67,8 @@ class KnowledgeDistillation(Algorithm):
     :attr:`.Event.BATCH_START` to settle weights and teachers of the batch; on :attr:`.Event.AFTER_FORWARD` to ask the
     teachers; on :attr:`.Event.BEFORE_BACKWARD` to blend the losses; and on :attr:`.Event.BATCH_END` to look for NaN.
 
-    Combine it with :class:`.TeacherSampling` and :class:`.EarlyStopDistillation`. While no teacher is to be heard, the
-    run is that of the student alone, bit for bit.
+    Combine it with :class:`.TeacherSampling` and :class:`.EarlyStopDistillation`. In batches that do not distill, and
+    with ``kd_weight=0`` and ``label_weight=1``, the run is that of the student alone, bit for bit.
 
     Logs ``loss/train/kd`` and ``loss/train/label`` (before weighting), ``distillation/active``,
     ``distillation/kd_weight``, ``distillation/teacher_index`` (where one teacher is heard), and ``time/teacher``:
@@ -71,7 +81,7 @@ class KnowledgeDistillation(Algorithm):
             Default: ``'kl'``.
         temperature: Temperature of the losses that have one (``kl``, ``reverse_kl``, ``jsd``), which multiply
             by its square. Default: ``4.0``.
-        kd_weight: Weight of the distillation loss. Default: ``0.9``.
+        kd_weight: Weight of the distillation loss; with 0, no teacher is asked. Default: ``0.9``.
         label_weight: Weight of the student's own loss in batches that distill; it is 1 in all others.
             Default: ``0.1``.
         interval: Distill in every ``interval``-th batch. Default: ``1``.
@@ -110,8 +120,8 @@ class KnowledgeDistillation(Algorithm):
         for name, weight in (('kd_weight', kd_weight), ('label_weight', label_weight)):
             if not (math.isfinite(weight) and weight >= 0):
                 raise ValueError(f'{name} must be 0 or more, not {weight}')
-        if interval < 1:
-            raise ValueError(f'interval must be 1 batch or more, not {interval}')
+        if not isinstance(interval, int) or interval < 1:
+            raise ValueError(f'interval must be a whole number of batches, 1 or more, not {interval}')
         self.pool = TeacherPool(teachers)
         self.kd_weight = kd_weight
         self.label_weight = label_weight
@@ -121,8 +131,10 @@ class KnowledgeDistillation(Algorithm):
         #: Which teachers are heard in the present batch; set by TeacherSampling.
         self.speakers: Callable[[State], tuple[int, ...]] = lambda state: tuple(range(len(self.pool)))
         self._loss = _LOSSES[loss] if isinstance(loss, str) else loss
+        self._own_loss = not isinstance(loss, str)
         if 'temperature' in inspect.signature(self._loss).parameters:
             self._loss = functools.partial(self._loss, temperature=temperature)
+        self._shifts_labels = False
         self._now = _Batch()
         self._signal: torch.Tensor | None = None
 
@@ -142,6 +154,7 @@ class KnowledgeDistillation(Algorithm):
             find_distiller(state, self)
             assert isinstance(state.model, ComposerModel)
             self.check(state.model)
+            self._shifts_labels = bool(getattr(state.model, 'shift_labels', False))
             state.algorithms.remove(self)
             state.algorithms.append(self)
         elif event == Event.FIT_START:
@@ -157,7 +170,7 @@ class KnowledgeDistillation(Algorithm):
             self._signal = None
         elif event == Event.BATCH_END:
             # The weights of this batch are not saved yet, and the device is idle: Composer has just read the loss.
-            self.pool.raise_if_not_finite(state.timestamp.batch.value - 1)
+            self.pool.raise_if_unsound(state.timestamp.batch.value - 1)
             logger.log_metrics({'time/teacher': self.pool.seconds})
 
     def state_dict(self) -> dict[str, Any]:
@@ -183,9 +196,13 @@ class KnowledgeDistillation(Algorithm):
         if self._signal is None:  # kd_weight is 0, so no teacher was asked
             return state.loss if self._now.label_weight == 1.0 else self._now.label_weight * _total(state.loss)
         student_logits = logits_of(state.outputs)
-        kd_loss = self._loss(
-            student_logits=student_logits, teacher_logits=self._signal, where=_that_count(state.batch, student_logits)
-        )
+        where = _that_count(state.batch, student_logits, self._shifts_labels)
+        if where is None and student_logits.ndim != 2 and not self._own_loss:
+            raise ValueError(
+                f'which axis of logits of shape {list(student_logits.shape)} has the classes? Pass it with the loss: '
+                'loss=functools.partial(kl, axis=1)'
+            )
+        kd_loss = self._loss(student_logits=student_logits, teacher_logits=self._signal, where=where)
         return blend(state.loss, kd_loss, kd_weight=self._now.kd_weight, label_weight=self._now.label_weight)
 
 
@@ -231,9 +248,11 @@ def _total(loss: torch.Tensor | Sequence[torch.Tensor] | Mapping[str, torch.Tens
     return functools.reduce(torch.add, (part.mean() for part in parts))
 
 
-def _that_count(batch: Any, logits: torch.Tensor) -> torch.Tensor | None:
+def _that_count(batch: Any, logits: torch.Tensor, shifts_labels: bool) -> torch.Tensor | None:
     """Which positions of a token model's batch have a label; None where every sample is one position."""
     labels = batch.get('labels') if isinstance(batch, Mapping) else None
-    if isinstance(labels, torch.Tensor) and labels.ndim > 1 and labels.shape == logits.shape[:-1]:
-        return labels != -100
-    return None
+    if not isinstance(labels, torch.Tensor) or labels.ndim < 2 or labels.shape != logits.shape[:-1]:
+        return None
+    if shifts_labels:  # a causal model: the logits at a position are for the label of the next
+        labels = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=_NO_LABEL)
+    return labels != _NO_LABEL

@@ -60,8 +60,8 @@ class TeacherSampling(Algorithm):
     """
 
     def __init__(self, num_teachers: int = 1, weights: Sequence[float] | None = None):
-        if num_teachers < 1:
-            raise ValueError(f'num_teachers must be 1 or more, not {num_teachers}')
+        if not isinstance(num_teachers, int) or num_teachers < 1:
+            raise ValueError(f'num_teachers must be a whole number, 1 or more, not {num_teachers}')
         if weights is not None:
             if not all(math.isfinite(weight) and weight >= 0 for weight in weights):
                 raise ValueError(f'weights must be 0 or more each, not {list(weights)}')

@@ -13,7 +13,7 @@ from composer.core import Precision, get_precision_context
 from composer.models import ComposerModel
 from torch import nn
 
-from composer_kd.data.normalization import NORMALIZATION
+from composer_kd.normalization import NORMALIZATION
 from composer_kd.teachers.teacher import TeacherError, logits_of
 from composer_kd.teachers.weights import load_weights
 
@@ -27,7 +27,8 @@ class NetworkTeacher:
     """A network that teaches: frozen, in eval mode, on the student's device, in no checkpoint.
 
     Nothing of it is part of the student: not of its state, its optimizer, DDP, FSDP or its checkpoints, which hold
-    the :meth:`manifest` instead. ``model`` is used as it is, not copied: it is frozen and put in eval mode at once.
+    the :meth:`manifest` instead. ``model`` is used as it is, not copied: it is frozen and put in eval mode before the
+    first batch.
 
     Args:
         model: A :class:`~composer.models.ComposerModel`, which is given the whole batch (without
@@ -70,11 +71,11 @@ class NetworkTeacher:
             raise TypeError(f'model must be a torch.nn.Module, not {type(model).__name__}')
         if sha256 is not None and checkpoint is None:
             raise ValueError('sha256 is of a checkpoint: give `checkpoint` too')
-        if dtype is not None and not isinstance(getattr(torch, dtype, None), torch.dtype):
-            raise ValueError(f"dtype must name a torch dtype, such as 'bfloat16', not {dtype!r}")
+        self._dtype = None if dtype is None else getattr(torch, dtype, None)
+        if dtype is not None and not (isinstance(self._dtype, torch.dtype) and self._dtype.is_floating_point):
+            raise ValueError(f"dtype must name a floating point dtype of torch, such as 'bfloat16', not {dtype!r}")
         self._affine = _renormalize(student_normalization, normalization)
         self._precision = None if precision is None else Precision(precision)
-        self._dtype = None if dtype is None else getattr(torch, dtype)
         self._channels_last = channels_last
         self._compile = compile
         if checkpoint is not None:
@@ -82,7 +83,7 @@ class NetworkTeacher:
         inner = getattr(model, 'module', None)
         self.name = name or type(inner if isinstance(inner, nn.Module) else model).__name__
         self._source = None if checkpoint is None else str(checkpoint)
-        self._network: nn.Module | None = model.requires_grad_(False).eval()
+        self._network: nn.Module | None = model
         self._forward: Any = None
         self._manifest: dict[str, Any] | None = None
 
@@ -100,12 +101,10 @@ class NetworkTeacher:
             raise TeacherError(f'teacher {self.name} has {has} classes, the student {wants}: they must be the same')
 
     def prepare(self, state: State) -> None:
-        """Move to the student's device, in the chosen dtype and memory format. Asked again, it does nothing."""
-        if self._forward is not None:
-            return
+        """Freeze the network, and move it to the student's device, in the chosen dtype and memory format."""
         network = self._live_network()
         self.manifest()  # of the weights as they were given, before their dtype changes
-        network = state.device.module_to_device(network)
+        network = state.device.module_to_device(network.requires_grad_(False).eval())
         if self._dtype is not None:
             network = network.to(self._dtype)
         if self._channels_last:
@@ -115,7 +114,8 @@ class NetworkTeacher:
         precision = self._precision or state.precision
         config = state.precision_config if precision == state.precision else None
         self._context = lambda: get_precision_context(precision, config)
-        self._forward = torch.compile(network) if self._compile else network
+        if self._forward is None:
+            self._forward = torch.compile(network) if self._compile else network
 
     @torch.no_grad()
     def signal(self, batch: Batch) -> torch.Tensor:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from composer.utils import dist
 
 from composer_kd.teachers.stopwatch import Stopwatch
 from composer_kd.teachers.teacher import Teacher, TeacherError
@@ -36,7 +37,7 @@ class TeacherPool:
         self.forwards = 0
         self.released = False
         self._stopwatch = Stopwatch()
-        self._finite: dict[int, torch.Tensor] = {}
+        self._sound: dict[int, torch.Tensor] = {}
 
     def __len__(self) -> int:
         return len(self.teachers)
@@ -87,8 +88,8 @@ class TeacherPool:
                     f'teacher {teacher.name} (number {index}) gives logits of shape {list(logits.shape)}, the student '
                     f'{list(student_logits.shape)}: they must be the same'
                 )
-            finite = logits.isfinite().all()
-            self._finite[index] = self._finite[index] & finite if index in self._finite else finite
+            sound = (logits < torch.inf).all()  # not so for NaN; -inf rules out a class
+            self._sound[index] = self._sound[index] & sound if index in self._sound else sound
             if len(speakers) == 1:
                 return logits
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / len(speakers)
@@ -96,17 +97,21 @@ class TeacherPool:
         assert mean is not None, 'no teacher was named'
         return mean
 
-    def raise_if_not_finite(self, batch: int) -> None:
-        """Raise :class:`TeacherError` if a teacher has said NaN or infinity since this was last asked.
+    def raise_if_unsound(self, batch: int) -> None:
+        """Raise :class:`TeacherError` on all ranks if a teacher has said NaN or infinity on one since the last time.
 
-        Reads one flag per teacher from the device: to be asked when the device has nothing left to do.
+        To be asked on all ranks, after the same teachers were heard on each, and when the device has nothing left to
+        do: a flag per teacher is read from it.
         """
-        flags, self._finite = self._finite, {}
-        for index, finite in flags.items():
-            if not finite:
-                raise TeacherError(
-                    f'teacher {self.teachers[index].name} (number {index}) gave NaN or infinity at batch {batch}'
-                )
+        flags, self._sound = self._sound, {}
+        if not flags:
+            return
+        sound = torch.stack([*flags.values()]).to(torch.uint8)
+        dist.all_reduce(sound, 'MIN')
+        for index, is_sound in zip(flags, sound.tolist(), strict=True):
+            if not is_sound:
+                name = self.teachers[index].name
+                raise TeacherError(f'teacher {name} (number {index}) gave NaN or infinity at batch {batch}')
 
     def manifest(self) -> list[dict[str, Any]]:
         """The manifests of the teachers, in order."""

@@ -8,7 +8,6 @@ import datetime
 import hashlib
 import pickle
 import pickletools
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -49,12 +48,12 @@ _PREFIXES = ('', 'module.', 'model.')
 
 
 def load_weights(model: nn.Module, path: str | Path, sha256: str | None = None) -> None:
-    """Load weights from ``path`` into ``model``, in place, all of them or none.
+    """Load weights from ``path`` into ``model``, in place.
 
     The file is a Composer checkpoint or a state dict (plain, or under ``model`` or ``state_dict``). From a Composer
-    checkpoint, the surgery that its run lists (BlurPool, SqueezeExcite, ...) is redone on ``model`` first. The prefix
-    that a ComposerModel puts before its network's keys may be there or not, on either side. Read with ``weights_only``:
-    a file that would run code is refused.
+    checkpoint, the surgery that its run lists (BlurPool, SqueezeExcite, ...) is redone on ``model`` first, unless the
+    weights fit it already. Weights are loaded all or none. The prefix that a ComposerModel puts before its network's
+    keys may be there or not, on either side. Read with ``weights_only``: a file that would run code is refused.
 
     Args:
         model: A ComposerModel or a bare network, on any device.
@@ -71,15 +70,20 @@ def load_weights(model: nn.Module, path: str | Path, sha256: str | None = None) 
         raise TeacherError(f'{path}: is not the expected file: its SHA-256 is {found}, not {sha256.lower()}')
 
     saved = _read(path)
-    state = saved.get('state')
-    if isinstance(state, Mapping) and 'model' in state:
-        weights = state['model']
-        for name, algorithm in state.get('algorithms', []):
-            if name in _SURGERY:
-                _redo_surgery(model, algorithm['repr'], path)
-    else:
-        weights = next((saved[key] for key in ('model', 'state_dict') if isinstance(saved.get(key), Mapping)), saved)
-    model.load_state_dict(_fitted(weights, model.state_dict(), path))
+    try:
+        weights, surgery = _contents(saved)
+        fits = not _misfit(_renamed(weights, model.state_dict()), model.state_dict())
+        for name, representation in surgery:
+            # If the weights fit it is done already, unless it is the one that leaves no trace in them.
+            if not fits or name == 'StochasticDepth':
+                _redo_surgery(model, name, representation, path)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise TeacherError(f'{path}: damaged, or no checkpoint at all') from error
+    expected = model.state_dict()
+    renamed = _renamed(weights, expected)
+    if misfit := _misfit(renamed, expected):
+        raise TeacherError(f'{path}: does not fit the teacher network: {misfit}')
+    model.load_state_dict(renamed)
 
 
 def file_sha256(path: str | Path) -> str:
@@ -95,16 +99,13 @@ def _read(path: Path) -> Mapping[str, Any]:
     try:
         with torch.serialization.safe_globals(_PLAIN_VALUES):
             saved = torch.load(path, map_location='cpu', weights_only=True)
-    except pickle.UnpicklingError as error:
-        forbidden = _forbidden(path)
-        if not forbidden:
-            raise TeacherError(f'{path}: damaged, or no checkpoint at all ({_first_line(error)})') from error
-        raise TeacherError(
-            f'{path}: refused, since loading it would run code: it names {", ".join(forbidden)}; '
-            'save the weights alone, torch.save(model.state_dict(), path)'
-        ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise TeacherError(f'{path}: damaged, or no checkpoint at all ({_first_line(error)})') from error
+    except Exception as error:  # whatever a damaged file can cause
+        if isinstance(error, pickle.UnpicklingError) and (forbidden := _forbidden(path)):
+            raise TeacherError(
+                f'{path}: refused, since loading it would run code: it names {", ".join(forbidden)}; '
+                'save the weights alone, torch.save(model.state_dict(), path)'
+            ) from error
+        raise TeacherError(f'{path}: damaged, or no checkpoint at all') from error
     if not isinstance(saved, Mapping):
         raise TeacherError(f'{path}: holds {type(saved).__name__}, not a checkpoint or a state dict')
     return saved
@@ -115,13 +116,13 @@ def _forbidden(path: Path) -> list[str]:
     try:
         with torch.serialization.safe_globals(_PLAIN_VALUES):
             return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-    except (RuntimeError, ValueError):  # not a zip file: one pickle after another, the format before torch 1.6
+    except Exception:  # damaged, or no zip file: one pickle after another, the format before torch 1.6
         return _names_in_pickles(path)
 
 
 def _names_in_pickles(path: Path) -> list[str]:
     names, strings = set(), []
-    with path.open('rb') as file, contextlib.suppress(ValueError):
+    with path.open('rb') as file, contextlib.suppress(Exception):
         while True:
             for opcode, argument, _ in pickletools.genops(file):
                 if opcode.name == 'GLOBAL':
@@ -133,47 +134,53 @@ def _names_in_pickles(path: Path) -> list[str]:
     return sorted(name for name in names if not name.startswith(('torch.', 'collections.')))
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def _contents(saved: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[tuple[str, str]]]:
+    """The weights in a file, and the surgery of the run that saved them: name and representation of its algorithms."""
+    state = saved.get('state')
+    if isinstance(state, Mapping) and 'model' in state:
+        surgery = [(name, kept['repr']) for name, kept in state.get('algorithms', []) if name in _SURGERY]
+        return state['model'], surgery
+    return next((saved[key] for key in ('model', 'state_dict') if isinstance(saved.get(key), Mapping)), saved), []
 
 
-def _redo_surgery(model: nn.Module, representation: str, path: Path) -> None:
-    """Apply the algorithm that ``representation`` names, e.g. ``BlurPool(min_channels=16)``, without evaluating it."""
+def _redo_surgery(model: nn.Module, name: str, representation: str, path: Path) -> None:
+    """Apply the algorithm that ``representation`` calls, e.g. ``BlurPool(min_channels=16)``, without evaluating it."""
     try:
         call = ast.parse(representation, mode='eval').body
-        assert isinstance(call, ast.Call) and isinstance(call.func, ast.Name)
-        algorithm = getattr(composer_algorithms, call.func.id)
+        assert isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == name
         # `drop_warmup=Time(...)` matters in training alone.
         arguments = {k.arg: ast.literal_eval(k.value) for k in call.keywords if k.arg and k.arg != 'drop_warmup'}
         state: Any = SimpleNamespace(model=model, optimizers=())
         silent: Any = SimpleNamespace(log_hyperparameters=lambda *_: None, log_metrics=lambda *_: None)
-        algorithm(**arguments).apply(Event.INIT, state, silent)
+        getattr(composer_algorithms, name)(**arguments).apply(Event.INIT, state, silent)
     except Exception as error:
         raise TeacherError(
             f'{path}: its run changed the network by {representation}, which could not be redone '
-            f'({_first_line(error)}); apply it to the network and pass that'
+            f'({type(error).__name__}); apply it to the network and pass that'
         ) from error
 
 
-def _fitted(weights: Mapping[str, Any], expected: Mapping[str, torch.Tensor], path: Path) -> dict[str, torch.Tensor]:
-    """``weights`` under the keys of ``expected``, or an error that says which keys or shapes do not fit."""
+def _renamed(weights: Mapping[str, Any], expected: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """``weights`` with the prefix of their keys changed so that most of them are keys of ``expected``."""
     best: dict[str, Any] = {}
     for has, wants in [(has, wants) for has in _PREFIXES for wants in _PREFIXES]:
         renamed = {wants + key[len(has) :]: value for key, value in weights.items() if key.startswith(has)}
         if len(renamed) == len(weights) and (not best or len(renamed.keys() & expected) > len(best.keys() & expected)):
             best = renamed
-    missing, unexpected = [k for k in expected if k not in best], [k for k in best if k not in expected]
+    return best
+
+
+def _misfit(weights: Mapping[str, Any], expected: Mapping[str, torch.Tensor]) -> str:
+    """Which keys or shapes of ``weights`` are not those of ``expected``; empty if all are."""
+    missing, unexpected = [k for k in expected if k not in weights], [k for k in weights if k not in expected]
     if missing or unexpected:
-        parts = [f'{_some(keys)} {what}' for keys, what in ((missing, 'missing'), (unexpected, 'unexpected')) if keys]
-        raise TeacherError(f'{path}: does not fit the teacher network: {"; ".join(parts)}')
-    for key, value in best.items():
+        parts = [(missing, 'missing'), (unexpected, 'unexpected')]
+        return '; '.join(f'{_some(keys)} {what}' for keys, what in parts if keys)
+    for key, value in weights.items():
         if not isinstance(value, torch.Tensor) or value.shape != expected[key].shape:
             has = list(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
-            wants = list(expected[key].shape)
-            raise TeacherError(
-                f'{path}: does not fit the teacher network: {key} is {has} there, {wants} in the network'
-            )
-    return best
+            return f'{key} is {has} there, {list(expected[key].shape)} in the network'
+    return ''
 
 
 def _some(keys: list[str], most: int = 3) -> str:

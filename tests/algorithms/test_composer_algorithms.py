@@ -205,3 +205,39 @@ def test_language(name):
         callbacks=witness,
     )
     assert witness.batches == distillation.pool.forwards == 6
+
+
+class CausalWitness(Callback):
+    """Recomputes the distillation loss of a causal model, whose logits are for the label of the next position."""
+
+    def __init__(self, teacher):
+        self.teacher = copy.deepcopy(teacher).eval()
+        self.batches = 0
+
+    def before_backward(self, state, logger):
+        inputs = {name: value for name, value in state.batch.items() if name != 'labels'}
+        with torch.no_grad():
+            teacher_logits = self.teacher(**inputs).logits[:, :-1]
+        counts = state.batch['labels'][:, 1:] != -100
+        student_logits = state.outputs.logits[:, :-1]
+        expected = kl(student_logits=student_logits, teacher_logits=teacher_logits, temperature=4.0, where=counts)
+        torch.testing.assert_close(state.loss['kd'], expected)
+        self.batches += 1
+
+
+def test_causal_language_model():
+    def gpt(seed):
+        config = transformers.GPT2Config(vocab_size=40, n_positions=16, n_embd=16, n_layer=1, n_head=2)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return transformers.GPT2LMHeadModel(config)
+
+    teacher = gpt(2)
+    witness = CausalWitness(teacher)
+    train(
+        [KnowledgeDistillation(NetworkTeacher(teacher))],
+        model=HuggingFaceModel(gpt(1), use_logits=False, shift_labels=True),
+        train_dataloader=sentences(),
+        callbacks=witness,
+    )
+    assert witness.batches == 6

@@ -111,6 +111,8 @@ def test_a_window_that_ends_before_it_begins_is_said():
         ({'stop': '0.1dur', 'start': '0.5dur'}, r'stop \(0.1dur\) must come after start \(0.5dur\)'),
         ({'stop': '0ep'}, 'must come after start'),
         ({'stop': '30'}, "stop must be a time string, such as '0.3dur'"),
+        ({'stop': 0.3}, "stop must be a time string, such as '0.3dur'"),
+        ({'stop': '3ep', 'start': '-1ep'}, 'start must be 0 or later'),
         ({'stop': '30dur'}, "a run ends at '1dur'"),
         ({'stop': '5ep', 'ramp': '2ba'}, 'must be in the unit of stop'),
         ({'stop': '5ep', 'ramp': '6ep'}, 'is longer than the time from start'),

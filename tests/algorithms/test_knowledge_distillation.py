@@ -1,14 +1,17 @@
 """KnowledgeDistillation against a plain loop, beside its sisters' absence, and with bad input."""
 
 import copy
+import functools
 
 import pytest
 import torch
 import torch.nn.functional as F
 from composer.models import ComposerClassifier
+from torchmetrics import MeanMetric
 
 from composer_kd import EarlyStopDistillation, KnowledgeDistillation, NetworkTeacher, TeacherError, TeacherSampling
 from composer_kd.algorithms.knowledge_distillation import blend
+from composer_kd.losses import kl
 from settings import CLASSES, classifier, data, logged, network, teachers, train, trainer, weights
 
 
@@ -96,6 +99,13 @@ class DictLoss(ComposerClassifier):
         return {'half': loss / 2, 'rest': loss / 2}
 
 
+def test_blend_names_the_parts_of_a_tuple_as_composer_does():
+    parts = blend((torch.tensor(1.0), torch.tensor(2.0)), torch.tensor(0.0), kd_weight=0, label_weight=1)
+    assert parts['loss0'] == 1 and parts['loss1'] == 2
+    with pytest.raises(ValueError, match="has a part 'kd', a name that distillation logs under"):
+        blend({'kd': torch.tensor(1.0)}, torch.tensor(0.0), kd_weight=0, label_weight=1)
+
+
 def test_a_model_whose_loss_is_a_dict():
     run = train([KnowledgeDistillation(teachers(1))], model=DictLoss(network(1), num_classes=CLASSES))
     plain = train([KnowledgeDistillation(teachers(1))])
@@ -165,6 +175,45 @@ def test_a_teacher_that_is_the_student_is_refused():
     model = classifier(1)
     with pytest.raises(TeacherError, match='shares parameters with the student'):
         trainer([KnowledgeDistillation(NetworkTeacher(model.module))], model=model)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+class Dense(torch.nn.Module):
+    """Logits for every pixel, as in segmentation."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(1, CLASSES, 1)
+
+    def forward(self, images):
+        return self.conv(images)
+
+
+def test_logits_of_many_positions_need_an_axis():
+    def dense(**loss):
+        student = ComposerClassifier(
+            Dense(), num_classes=CLASSES, train_metrics=MeanMetric(), loss_fn=lambda logits, labels: logits.mean()
+        )
+        student.update_metric = lambda batch, outputs, metric: metric.update(outputs)
+        algorithms = [KnowledgeDistillation(NetworkTeacher(Dense()), **loss)]
+        return train(algorithms, model=student, max_duration='1ba')
+
+    with pytest.raises(ValueError, match=r'which axis of logits of shape \[32, 5, 8, 8\] has the classes'):
+        dense()
+    assert logged(dense(loss=functools.partial(kl, axis=1)), 'loss/train/kd')[0] > 0
+
+
+@pytest.mark.filterwarnings('ignore:KnowledgeDistillation is not in the state_dict')
+def test_warm_starts(tmp_path):
+    def distills(teacher_seed, **kwargs):
+        return train([KnowledgeDistillation(NetworkTeacher(network(teacher_seed)))], max_duration='2ep', **kwargs)
+
+    train([], save_folder=str(tmp_path / 'plain'), max_duration='1ep')
+    run = distills(5, load_path=str(tmp_path / 'plain' / 'latest-rank0.pt'))
+    assert run.state.algorithms[-1].pool.forwards == 4  # the second epoch of a run that began without teachers
+    distills(5, save_folder=str(tmp_path / 'kd'))
+    run = distills(6, load_path=str(tmp_path / 'kd' / 'latest-rank0.pt'), load_weights_only=True)
+    assert run.state.algorithms[-1].pool.forwards == 8  # the weights alone: another teacher may go on with them
 
 
 def test_a_second_distilling_algorithm_is_refused():
@@ -185,7 +234,8 @@ def test_a_sister_without_distillation_is_refused(sister):
         ({'temperature': 0}, 'temperature must be above 0'),
         ({'kd_weight': -1}, 'kd_weight must be 0 or more'),
         ({'label_weight': float('nan')}, 'label_weight must be 0 or more'),
-        ({'interval': 0}, 'interval must be 1 batch or more'),
+        ({'interval': 0}, 'interval must be a whole number of batches, 1 or more'),
+        ({'interval': 1.5}, 'interval must be a whole number'),
         ({'teachers': []}, 'teachers is empty'),
     ],
 )

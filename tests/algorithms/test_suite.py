@@ -98,7 +98,7 @@ def test_one_batch_equals_its_microbatches(setting):
 
 
 @pytest.mark.dist
-def test_two_ranks_equal_one(tmp_path):
+def test_two_ranks_equal_one_and_stop_together(tmp_path):
     for ranks in ('one', 'two'):
         (tmp_path / ranks).mkdir()
     save_everything(tmp_path / 'one')
@@ -113,6 +113,9 @@ def test_two_ranks_equal_one(tmp_path):
         one, two = (torch.load(tmp_path / ranks / f'{name}.pt') for ranks in ('one', 'two'))
         for key in one:
             torch.testing.assert_close(two[key], one[key], rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f'{n}: {m}')
+    for rank in range(2):  # though only one of them heard it
+        message = (tmp_path / 'two' / f'rank{rank}.txt').read_text()
+        assert message == 'teacher SaysNanOnRankOne (number 0) gave NaN or infinity at batch 0'
 
 
 @every_setting

@@ -48,7 +48,8 @@ def test_the_run_hears_who_was_drawn():
 @pytest.mark.parametrize(
     'arguments, message',
     [
-        ({'num_teachers': 0}, 'num_teachers must be 1 or more'),
+        ({'num_teachers': 0}, 'num_teachers must be a whole number, 1 or more'),
+        ({'num_teachers': 1.5}, 'num_teachers must be a whole number'),
         ({'num_teachers': 3}, 'num_teachers is 3, but there are 2 teachers'),
         ({'weights': [1, 2, 3]}, 'weights has 3 numbers for 2 teachers'),
         ({'weights': [1, -2]}, 'weights must be 0 or more each'),

@@ -11,7 +11,7 @@ from composer.models import ComposerClassifier
 from torch import nn
 
 from composer_kd import NetworkTeacher, TeacherError
-from composer_kd.data.normalization import NORMALIZATION
+from composer_kd.normalization import NORMALIZATION
 from settings import CLASSES, classifier, network
 
 STATE = SimpleNamespace(device=DeviceCPU(), precision=Precision.FP32, precision_config=None)
@@ -27,7 +27,7 @@ def ready(*args, **kwargs):
 
 @pytest.mark.parametrize('make', [network, classifier])
 def test_says_what_the_network_says_in_eval_mode(make):
-    model = make(1, dropout=0.5)
+    model = make(1, dropout=0.5).train()
     expected = copy.deepcopy(model).eval()(IMAGES if make is network else BATCH)
     logits = ready(model).signal(BATCH)
     assert torch.equal(logits, expected) and not logits.requires_grad
@@ -129,7 +129,8 @@ def test_class_counts_are_compared():
     'arguments, message',
     [
         ({'sha256': 'ab'}, 'sha256 is of a checkpoint'),
-        ({'dtype': 'bfloat17'}, 'dtype must name a torch dtype'),
+        ({'dtype': 'bfloat17'}, 'dtype must name a floating point dtype of torch'),
+        ({'dtype': 'int8'}, 'dtype must name a floating point dtype of torch'),
         ({'normalization': 'imagenet'}, 'belong together'),
         ({'normalization': 'imagenette', 'student_normalization': 'imagenet'}, "unknown normalization 'imagenette'"),
         ({'normalization': ([0.5], [0.5]), 'student_normalization': 'imagenet'}, 'has 1 channels'),

@@ -44,8 +44,14 @@ def test_a_teacher_that_is_not_finite_is_named_once(pool, value):
     pool.signal(BATCH, (0, 1), STUDENT)
     pool.signal(BATCH, (0,), STUDENT)
     with pytest.raises(TeacherError, match=r'teacher teacher1 \(number 1\) gave NaN or infinity at batch 7'):
-        pool.raise_if_not_finite(7)
-    pool.raise_if_not_finite(8)
+        pool.raise_if_unsound(7)
+    pool.raise_if_unsound(8)
+
+
+def test_a_class_may_be_ruled_out(pool):
+    pool.teachers[1].signal = lambda batch: torch.tensor([0.0, 1.0, 2.0, 3.0, -torch.inf]).expand(4, 5)
+    pool.signal(BATCH, (1,), STUDENT)
+    pool.raise_if_unsound(0)
 
 
 def test_another_shape_is_refused(pool):

@@ -1,5 +1,6 @@
 """Weights from files: Composer checkpoints with surgery, state dicts, and files that nobody should trust."""
 
+import contextlib
 import copy
 import os
 
@@ -7,6 +8,8 @@ import pytest
 import torch
 from composer import algorithms as ca
 from composer.models import ComposerClassifier
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.models.resnet import Bottleneck, ResNet
@@ -97,11 +100,58 @@ def test_a_file_that_would_run_code_is_refused_by_name(save, tmp_path, monkeypat
 def test_surgery_that_is_code_is_not_evaluated(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     evil = "BlurPool(min_channels=__import__('os').mkdir('executed'))"
-    state = {'model': network(1).state_dict(), 'algorithms': [('BlurPool', {'repr': evil})]}
+    state = {'model': {}, 'algorithms': [('BlurPool', {'repr': evil})]}
     torch.save({'state': state}, tmp_path / 'evil.pt')
     with pytest.raises(TeacherError, match='which could not be redone'):
         load_weights(network(1), tmp_path / 'evil.pt')
     assert not (tmp_path / 'executed').exists()
+
+
+def test_surgery_under_a_false_name_is_refused(tmp_path):
+    state = {'model': {}, 'algorithms': [('BlurPool', {'repr': 'SAM(rho=1.0)'})]}
+    torch.save({'state': state}, tmp_path / 'false.pt')
+    with pytest.raises(TeacherError, match='which could not be redone'):
+        load_weights(network(1), tmp_path / 'false.pt')
+
+
+def test_surgery_that_was_done_by_hand_is_not_redone(tmp_path):
+    saved, model = resnet(1), resnet(2)
+    for one in (saved, model):
+        ca.blurpool.apply_blurpool(one, min_channels=0)
+    unreadable = ('BlurPool', {'repr': 'BlurPool(min_channels=<lambda>)'})
+    torch.save({'state': {'model': saved.state_dict(), 'algorithms': [unreadable]}}, tmp_path / 'saved.pt')
+    load_weights(model, tmp_path / 'saved.pt')
+    assert same(model.state_dict(), saved.state_dict())
+    with pytest.raises(TeacherError, match='apply it to the network and pass that'):
+        load_weights(resnet(2), tmp_path / 'saved.pt')
+
+
+@pytest.mark.parametrize(
+    'state',
+    [
+        {'model': None},
+        {'model': {1: torch.zeros(1)}},
+        {'model': {}, 'algorithms': {'BlurPool': {}}},
+        {'model': {}, 'algorithms': [('BlurPool', {})]},
+    ],
+)
+def test_a_file_of_another_form_is_refused(state, tmp_path):
+    torch.save({'state': state}, tmp_path / 'odd.pt')
+    with pytest.raises(TeacherError, match=r'odd\.pt: damaged, or no checkpoint at all'):
+        load_weights(network(1), tmp_path / 'odd.pt')
+
+
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(places=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1, max_size=5))
+def test_whatever_is_changed_in_a_file_there_is_one_error(places, tmp_path):
+    path = tmp_path / 'weights.pt'
+    torch.save(nn.Linear(2, 2).state_dict(), path)
+    content = bytearray(path.read_bytes())
+    for place, value in places:
+        content[int(place * len(content))] = value
+    path.write_bytes(content)
+    with contextlib.suppress(TeacherError):
+        load_weights(nn.Linear(2, 2), path)
 
 
 def damage(path, how):
