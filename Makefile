@@ -14,4 +14,4 @@ types:
 	uv run pyright
 
 bench:
-	uv run --group peers python benchmarks/step_time.py
+	OMP_NUM_THREADS=1 uv run --group peers python benchmarks/step_time.py
