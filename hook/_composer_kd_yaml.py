@@ -26,11 +26,5 @@ class _RecipeImporter:
     def get_code(self, name):
         return compile('from composer_kd.__main__ import run_script\nrun_script()\n', self.path, 'exec')
 
-    def create_module(self, spec):
-        return None
-
-    def exec_module(self, module):
-        exec(self.get_code(module.__name__), module.__dict__)
-
 
 sys.path_hooks.append(_RecipeImporter)

@@ -3,6 +3,9 @@
 import gzip
 import os
 import shutil
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -36,3 +39,26 @@ def unpack_fashion_mnist(path):
         with gzip.open(file) as source, (raw / file.stem).open('wb') as target:
             shutil.copyfileobj(source, target)
     return Path(path)
+
+
+def on_two_ranks(code, folder):
+    """Run Python code on two ranks that are joined already, in `folder`; what each printed."""
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = str(free.getsockname()[1])
+    world = {'WORLD_SIZE': '2', 'LOCAL_WORLD_SIZE': '2', 'NODE_RANK': '0', 'MASTER_ADDR': '127.0.0.1'}
+    join = "from composer.utils import dist\ndist.initialize_dist('cpu', timeout=60)\n"
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, '-W', 'ignore', '-c', join + code],
+            cwd=folder,
+            env={**os.environ, **world, 'MASTER_PORT': port, 'RANK': rank, 'LOCAL_RANK': rank},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in '01'
+    ]
+    said = [rank.communicate(timeout=120) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], said
+    return [out for out, _ in said]

@@ -6,6 +6,7 @@ from typing import Any
 from composer.models import ComposerClassifier
 
 from composer_kd.models.classifier import Loss, classifier
+from composer_kd.models.download import downloading
 
 
 def timm(
@@ -38,7 +39,10 @@ def timm(
         near = difflib.get_close_matches(model_name, library.list_models(), n=3)
         hint = f': did you mean {" or ".join(near)}?' if near else ': timm.list_models() lists its names'
         raise ValueError(f'timm {library.__version__} knows no model {model_name!r}{hint}')
-    module: Any = library.create_model(model_name, pretrained=pretrained, num_classes=num_classes, in_chans=in_channels)
+    with downloading(pretrained):
+        module: Any = library.create_model(
+            model_name, pretrained=pretrained, num_classes=num_classes, in_chans=in_channels
+        )
     if pretrained:
         # timm would replace the head by an untrained one: a teacher that has learned nothing, without a word.
         classes = module.pretrained_cfg['num_classes']

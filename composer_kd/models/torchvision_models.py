@@ -5,6 +5,7 @@ from composer.utils import dist
 from torchvision.models import VGG, ResNet, WeightsEnum, get_model, get_model_weights
 
 from composer_kd.models.classifier import Loss, classifier
+from composer_kd.models.download import downloading
 
 _DOC = """torchvision's `{name}` as a classifier of RGB images, shape (batch, 3, height, width).
 
@@ -41,7 +42,8 @@ def _builder(name: str):
                     f'{name} with weights={weights} has {classes} classes, not num_classes={num_classes}: '
                     f'set num_classes={classes}, or leave weights out to train from nothing'
                 )
-        module = get_model(name, weights=entry, num_classes=num_classes, progress=dist.get_local_rank() == 0)
+        with downloading(weights):
+            module = get_model(name, weights=entry, num_classes=num_classes, progress=dist.get_local_rank() == 0)
         assert isinstance(module, ResNet | VGG)
         head = module.fc if isinstance(module, ResNet) else module.classifier[-1]
         return classifier(module, head, num_classes=num_classes, loss=loss, pretrained=weights is not None)

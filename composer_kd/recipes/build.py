@@ -1,13 +1,9 @@
 """A plan -> what Composer's Trainer is made of."""
 
-import random
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from composer.models import ComposerModel
 from composer.utils import reproducibility
 
@@ -40,8 +36,7 @@ def build(plan: Plan, checkpoints: Sequence[tuple[Path, str] | None]) -> dict[st
         keywords['eval_dataloader'] = plan.eval_data()
     if plan.optimizer:
         keywords['optimizers'] = plan.optimizer(params=model.parameters())
-    with _random_state_kept():
-        teachers = [_teacher(teacher, file) for teacher, file in zip(plan.teachers, checkpoints, strict=True)]
+    teachers = [_teacher(teacher, file) for teacher, file in zip(plan.teachers, checkpoints, strict=True)]
     keywords['schedulers'] = [call() for call in plan.schedulers]
     keywords['algorithms'] = []
     for call in plan.algorithms:
@@ -66,12 +61,3 @@ def _teacher(plan: TeacherPlan, checkpoint: tuple[Path, str] | None) -> Any:
     if checkpoint:
         supplied['checkpoint'], supplied['sha256'] = checkpoint
     return plan.call(**supplied)
-
-
-@contextmanager
-def _random_state_kept() -> Iterator[None]:
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[]):  # Trainer seeds the device's generator itself
-        yield
-    random.setstate(python)
-    np.random.set_state(numpy)

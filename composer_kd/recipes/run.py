@@ -1,37 +1,50 @@
 """A recipe file -> a finished run in a folder of its own."""
 
 import atexit
-import contextlib
 import gc
 import os
 import pickle
 import shutil
 import sys
 import textwrap
+import time
 import warnings
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.backends.cudnn
 import torch.distributed.checkpoint.state_dict
-import yaml
 from composer import Trainer
 from composer.core import Engine
 from composer.utils import dist, get_device
 
 from composer_kd.recipes.build import build
 from composer_kd.recipes.check import Plan, check
-from composer_kd.recipes.folder import differences, finished_run, free_folder, on_rank_zero, run_folder, write
+from composer_kd.recipes.folder import (
+    check_name,
+    claim,
+    differences,
+    finished_run,
+    on_rank_zero,
+    run_folder,
+    write_recipe,
+    written_recipe,
+)
 from composer_kd.recipes.load import Recipe, load
+from composer_kd.recipes.lock import FolderLock
 from composer_kd.recipes.metrics_logger import MetricsLogger
 from composer_kd.recipes.report import EvaluationLines, lines, summarize
 from composer_kd.teachers import TeacherError
 
 _CAUSED_BY_PEOPLE = (ValueError, OSError, ImportError, NotImplementedError, TeacherError)
 _CAUSED_BY_CHECKPOINTS = (RuntimeError, LookupError, EOFError, pickle.UnpicklingError)
+
+SECONDS_BETWEEN_LOOKS = 2.0  # at a folder in which another launch is at work
 
 
 def run(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -49,7 +62,10 @@ def run(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """
     plan = check(load(path, overrides))
     _start(plan)
-    return _train(plan)
+    on_rank_zero(lambda: check_name(plan.recipe))
+    _rehearse(plan)
+    with FolderLock(plan.recipe) as lock:
+        return _train(plan, lock)
 
 
 def _start(plan: Plan) -> None:
@@ -67,30 +83,40 @@ def _start(plan: Plan) -> None:
     warnings.filterwarnings('ignore', message='Cannot split tensor of length')  # the last batch is a small one
 
 
-def _train(plan: Plan) -> dict[str, Any]:
-    """Train the teachers that are to be trained first, then build and train."""
+def _rehearse(plan: Plan, is_teacher: bool = False) -> None:
+    """If a teacher is to be trained, build all there is but that one's weights: mistakes show now, not after hours."""
+    runs = [_finished_teacher(teacher.recipe) if teacher.recipe else None for teacher in plan.teachers]
+    untrained = [teacher.recipe for teacher, run in zip(plan.teachers, runs, strict=True) if teacher.recipe and not run]
+    if untrained or is_teacher:
+        build(plan, [run and (run.checkpoint, run.sha256) for run in runs])
+    for teacher in untrained:
+        _rehearse(teacher, is_teacher=True)
+
+
+def _train(plan: Plan, lock: FolderLock) -> dict[str, Any]:
+    """Train the teachers that are to be trained first, then build and train; `lock` takes the folder."""
     recipe = plan.recipe
-    on_rank_zero(lambda: free_folder(recipe))  # so that a name that is taken is an error now, not after hours
     teachers = [_teacher_run(teacher.recipe) if teacher.recipe else None for teacher in plan.teachers]
     keywords = build(plan, [run and (run.checkpoint, run.sha256) for run in teachers])
-    folder, is_new = on_rank_zero(lambda: _claim(recipe))
+    folder, is_new = on_rank_zero(lambda: _claim(recipe, lock))
     try:
         trainer = _trainer(plan, keywords, folder)
     except Exception as error:
-        if is_new and dist.get_global_rank() == 0:
-            shutil.rmtree(folder, ignore_errors=True)
-            with contextlib.suppress(OSError):
-                folder.parent.rmdir()  # unless there are other runs
+        if is_new:
+            _remove(folder)
         if isinstance(error, _CAUSED_BY_PEOPLE):
             raise recipe.error((), str(error), 2 if isinstance(error, ValueError) else 1) from error
         if isinstance(error, _CAUSED_BY_CHECKPOINTS) and (keywords.get('autoresume') or keywords.get('load_path')):
             message = f'cannot load the checkpoint: {textwrap.shorten(str(error), 300)}'
             raise recipe.error((), message, exit_code=1) from error
         raise
+    batches = trainer.state.timestamp.batch
     try:
         _fit(trainer)
     except BaseException as error:
         trainer.engine.close()  # not trainer.close(), which would wait for ranks that may never come
+        if is_new and trainer.state.timestamp.batch == batches and not trainer.saved_checkpoints:
+            _remove(folder)
         if isinstance(error, TeacherError):
             raise recipe.error(('teachers',), str(error), exit_code=1) from error
         raise
@@ -101,23 +127,23 @@ def _train(plan: Plan) -> dict[str, Any]:
     return summary
 
 
-def _claim(recipe: Recipe) -> tuple[Path, bool]:
-    """Take the folder of the run; whether it is new."""
-    folder = free_folder(recipe)
-    written, latest = folder / 'recipe.yaml', folder / 'checkpoints' / 'latest-rank0.pt'
-    is_new = not written.exists()
+def _claim(recipe: Recipe, lock: FolderLock) -> tuple[Path, bool]:
+    """Take the folder of the run, and see whether a run that is there can go on; whether the folder is new."""
+    folder, is_new = claim(recipe, lock)
     if not is_new:
-        if changed := differences(yaml.safe_load(written.read_text(encoding='utf-8')), recipe.config):
+        if changed := differences(written_recipe(recipe, folder), recipe.config):
             print(f'going on in {folder} with another recipe than it began with: {", ".join(changed)} changed')
+        latest = folder / 'checkpoints' / 'latest-rank0.pt'
         if latest.exists() and not zipfile.is_zipfile(latest):
             todo = f'put one back that is whole, or delete {folder} to start anew'
             raise recipe.error((), f'the checkpoint {latest} is damaged; {todo}', exit_code=1)
         (folder / 'summary.json').unlink(missing_ok=True)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise recipe.error(('runs_dir',), f'cannot make {folder}: {error.strerror}', exit_code=1) from error
     return folder, is_new
+
+
+def _remove(folder: Path) -> None:
+    if dist.get_global_rank() == 0:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _trainer(plan: Plan, keywords: dict[str, Any], folder: Path) -> Trainer:
@@ -129,8 +155,7 @@ def _trainer(plan: Plan, keywords: dict[str, Any], folder: Path) -> Trainer:
         keywords['loggers'].append(EvaluationLines())
     trainer = Trainer(**keywords)
     if dist.get_global_rank() == 0:
-        config = plan.recipe.config | {'run_name': folder.name}
-        write(folder / 'recipe.yaml', yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+        write_recipe(plan.recipe, folder)
         latest = Path(keywords['save_folder'] or '', 'latest-rank0.pt')
         if keywords['save_folder'] and latest.is_symlink():
             # Composer forgets at resume which checkpoint it came from, and would leave it behind for ever.
@@ -155,20 +180,55 @@ class _TeacherRun:
 
 
 def _teacher_run(plan: Plan) -> _TeacherRun:
-    """Find the finished run of a teacher's recipe, or train it now."""
-    recipe = plan.recipe
-    summary, folder = on_rank_zero(lambda: finished_run(recipe)), run_folder(recipe)
-    if summary is None:
-        _say(f'training the teacher {recipe.path} in {folder}')
-        recipe.config['autoresume'] = plan.trainer['autoresume'] = True
-        summary = _train(plan)
-        _free_memory()
-    else:
-        _say(f'found the teacher {recipe.path} in {folder}')
+    """Find the finished run of a teacher's recipe, or train it now; only one launch at a time does."""
+    recipe, folder = plan.recipe, run_folder(plan.recipe)
+    with FolderLock(recipe) as lock:
+        if not on_rank_zero(lambda: lock.take(folder)):
+            _say(f'waiting for another launch, which is at work in {folder}')
+            while not on_rank_zero(lambda: lock.take(folder)):
+                time.sleep(SECONDS_BETWEEN_LOOKS)
+        summary = on_rank_zero(lambda: finished_run(recipe))
+        if summary is None:
+            _say(f'training the teacher {recipe.path} in {folder}')
+            recipe.config['autoresume'] = plan.trainer['autoresume'] = True
+            with _determinism_kept():
+                summary = _train(plan, lock)
+            _free_memory()
+        else:
+            _say(f'found the teacher {recipe.path} in {folder}')
     if summary['checkpoint'] is None:
         raise recipe.error(('save_folder',), 'a teacher needs a checkpoint: its recipe must not switch it off')
+    return _as_teacher(summary, folder)
+
+
+def _finished_teacher(plan: Plan) -> _TeacherRun | None:
+    """The finished run of a teacher's recipe; None if it is to be trained, or another launch is at work there."""
+    recipe, folder = plan.recipe, run_folder(plan.recipe)
+
+    def look() -> dict[str, Any] | None:
+        with FolderLock(recipe) as lock:
+            return finished_run(recipe) if lock.take(folder) else None
+
+    summary = on_rank_zero(look)
+    return None if summary is None else _as_teacher(summary, folder)
+
+
+def _as_teacher(summary: dict[str, Any], folder: Path) -> _TeacherRun:
     seconds = summary['train_seconds'] + summary['teacher_training_seconds']
     return _TeacherRun(folder / summary['checkpoint'], summary['checkpoint_sha256'], seconds)
+
+
+@contextmanager
+def _determinism_kept() -> Iterator[None]:
+    """Undo what `deterministic_mode` of a run sets for the whole process."""
+    mode, cudnn = torch.get_deterministic_debug_mode(), torch.backends.cudnn
+    benchmark, deterministic = cudnn.benchmark, cudnn.deterministic
+    try:
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(mode)
+        torch.backends.cudnn.benchmark = benchmark
+        torch.backends.cudnn.deterministic = deterministic
 
 
 def _free_memory() -> None:

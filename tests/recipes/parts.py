@@ -1,10 +1,14 @@
-"""A callback and a model that recipes in these tests name by dotted path."""
+"""Callbacks and models that recipes in these tests name by dotted path."""
 
+import time
 import weakref
+from pathlib import Path
 
 import torch
 from composer.core import Callback, State
 from composer.models import ComposerClassifier
+
+from composer_kd.models import small_convnet
 
 
 class Interrupt(Callback):
@@ -16,6 +20,16 @@ class Interrupt(Callback):
         if state.timestamp.batch == Interrupt.batch:
             Interrupt.batch = -1
             raise KeyboardInterrupt
+
+
+class Gate(Callback):
+    """Stops at the end of the second batch until there is a file `go`, and says so by a file `stopped`."""
+
+    def batch_end(self, state: State, logger) -> None:
+        if state.timestamp.batch == 2:
+            Path('stopped').touch()
+            while not Path('go').exists():
+                time.sleep(0.01)
 
 
 class RememberState(Callback):
@@ -56,6 +70,13 @@ def says_nan(num_classes: int = 10) -> ComposerClassifier:
             return self.weight.expand(len(images), num_classes)
 
     return ComposerClassifier(Nan(), num_classes=num_classes)
+
+
+def hides_its_classes(num_classes: int) -> ComposerClassifier:
+    """A teacher that fits any student until it is asked."""
+    model = small_convnet(num_classes, width=2)
+    model.num_classes = None
+    return model
 
 
 def bare_network() -> torch.nn.Module:

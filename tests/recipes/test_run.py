@@ -89,8 +89,7 @@ def test_names_of_runs(write):
         run('x.yaml', [*short, 'run_name=y'])
     todo = 'out/y is there already; choose another run_name, or go on with that run by autoresume=true'
     assert str(error.value) == f'command line: run_name: {todo}'
-    Path('out/empty').mkdir()
-    assert run('x.yaml', [*short, 'run_name=empty'])['run_name'] == 'empty'
+    assert sorted(path.name for path in Path('out').iterdir()) == ['x', 'x-2', 'x-3', 'y']
     (Path('out/strange') / 'x').mkdir(parents=True)
     with pytest.raises(RecipeError, match='out/strange is there already'):
         run('x.yaml', [*short, 'run_name=strange', 'autoresume=true'])
@@ -202,9 +201,26 @@ def test_another_teacher_than_the_one_that_is_there(recipes, write):
     assert Path('runs/narrow/summary.json').exists()
 
 
-@pytest.mark.parametrize('damage', ['gone', 'changed', 'no run'])
+def test_what_makes_no_other_teacher(recipes, write, capsys):
+    """Where the data lies, how it is fetched, and how the teacher was measured, are no reasons to train it again."""
+    fashion = '{name: fashion_mnist, synthetic: true, subset: 256, split: train, batch_size: 256'
+    digits = '{name: digits, split: train, batch_size: 256'
+    write('', 'teacher.yaml', TEACHER.replace(digits, fashion))
+    run('teacher.yaml')
+    fetched = 'data_dir: elsewhere, num_workers: 1, persistent_workers: false, prefetch_factor: 3, pin_memory: false'
+    lines = TEACHER.replace(digits, f'{fashion}, {fetched}').splitlines(keepends=True)
+    write('', 'teacher.yaml', ''.join(line for line in lines if not line.startswith('eval_data')))
+    run('x.yaml', ['max_duration=1ba'])
+    assert 'found the teacher teacher.yaml in runs/teacher' in capsys.readouterr().out
+    write('', 'teacher.yaml', TEACHER)
+    with pytest.raises(RecipeError, match=r'which differs in train_data.name, train_data.synthetic, train_data.subset'):
+        run('x.yaml')
+
+
+@pytest.mark.parametrize('damage', ['gone', 'changed', 'no run', 'no summary', 'no mapping', 'half', 'odd', 'binary'])
 def test_a_teacher_that_cannot_be_used(recipes, damage):
     checkpoint = Path('runs/teacher') / run('teacher.yaml')['checkpoint']
+    summary, recipe = Path('runs/teacher/summary.json'), Path('runs/teacher/recipe.yaml')
     if damage == 'gone':
         checkpoint.unlink()
         message = (
@@ -213,8 +229,21 @@ def test_a_teacher_that_cannot_be_used(recipes, damage):
     elif damage == 'changed':
         checkpoint.write_bytes(checkpoint.read_bytes() + b'x')
         message = f'x.yaml:7: teachers.0: {checkpoint}: is not the expected file'
+    elif damage in ('half', 'binary', 'odd', 'no summary'):
+        what, text = {
+            'half': ('cannot read ', summary.read_bytes()[:100]),
+            'binary': ('cannot read ', b'\xff\x00'),
+            'odd': ('', b'[1, 2]'),
+            'no summary': ('', b'{"checkpoint": "checkpoints/latest-rank0.pt"}'),
+        }[damage]
+        summary.write_bytes(text)
+        is_damaged = '' if what else ' is damaged'
+        message = f'teacher.yaml:1: {what}{summary}{is_damaged}; delete {summary}, and it is written anew'
+    elif damage == 'no mapping':
+        recipe.write_text('- [')
+        message = f'teacher.yaml:1: cannot read {recipe}; put one back that is whole, or delete runs/teacher'
     else:
-        Path('runs/teacher/recipe.yaml').unlink()
+        recipe.unlink()
         message = (
             'teacher.yaml:1: runs/teacher is there, but is no run; delete runs/teacher, or give teacher.yaml another'
         )
@@ -222,6 +251,24 @@ def test_a_teacher_that_cannot_be_used(recipes, damage):
         run('x.yaml')
     assert str(error.value).startswith(message)
     assert not Path('runs/x').exists()
+
+
+def test_a_damaged_recipe_is_not_resumed(write):
+    write('', 'x.yaml', HEAD)
+    run('x.yaml', ['max_duration=1ba'])
+    for text, message in (('a: [', 'cannot read runs/x/recipe.yaml; put'), ('a', 'runs/x/recipe.yaml is damaged; put')):
+        Path('runs/x/recipe.yaml').write_text(text)
+        with pytest.raises(RecipeError, match=message) as error:
+            run('x.yaml', ['autoresume=true'])
+        assert error.value.exit_code == 1
+
+
+def test_a_summary_is_written_anew(recipes):
+    before = run('teacher.yaml')
+    Path('runs/teacher/summary.json').unlink()  # as the error about a damaged one says
+    run('x.yaml')
+    after = json.loads(Path('runs/teacher/summary.json').read_text())
+    assert (after['checkpoint_sha256'], after['batches']) == (before['checkpoint_sha256'], before['batches'])
 
 
 MISTAKES = {
@@ -266,6 +313,64 @@ def test_what_cannot_be_run_leaves_nothing(recipes, mistake):
     assert '\n' not in str(error.value)
     assert error.value.exit_code == exit_code
     assert sorted(path for path in Path().rglob('*') if '__pycache__' not in str(path)) == before
+
+
+@pytest.mark.parametrize('mistake', ['classes', 'batch size', 'no data', 'no classifier', 'a constructor'])
+def test_mistakes_show_before_a_teacher_is_trained(recipes, mistake, capsys):
+    overrides, message, exit_code = MISTAKES[mistake]
+    with pytest.raises(RecipeError) as error:
+        run('x.yaml', overrides)
+    assert (str(error.value)[: len(message)], error.value.exit_code) == (message, exit_code)
+    assert 'training' not in capsys.readouterr().out
+    assert not Path('runs').exists()
+
+
+def test_a_bad_checkpoint_shows_before_another_teacher_is_trained(recipes):
+    more = '{name: network, model: {name: small_convnet}, checkpoint: no.pt}'
+    with pytest.raises(RecipeError, match=r'^command line: teachers.1: no.pt: no such file'):
+        run('x.yaml', [f'teachers=[{{name: network, recipe: teacher.yaml}}, {more}]'])
+    assert not Path('runs').exists()
+
+
+def test_mistakes_in_the_second_teacher_show_before_the_first_is_trained(recipes, write):
+    write('', 'second.yaml', TEACHER.replace('batch_size: 256', 'batch_size: 2560'))
+    with pytest.raises(RecipeError, match=r'second.yaml:2: train_data: the data set has 1297 samples'):
+        run('x.yaml', ['teachers=[{name: network, recipe: teacher.yaml}, {name: network, recipe: second.yaml}]'])
+    write('', 'second.yaml', TEACHER)
+    run('second.yaml')
+    before = sorted(Path().rglob('*'))
+    write('', 'second.yaml', TEACHER.replace('width: 6', 'width: 5'))
+    with pytest.raises(RecipeError, match=r'runs/second is a run of another recipe'):
+        run('x.yaml', ['teachers=[{name: network, recipe: teacher.yaml}, {name: network, recipe: second.yaml}]'])
+    assert sorted(Path().rglob('*')) == before
+
+
+def test_the_teachers_determinism_is_its_own(recipes, write):
+    write('deterministic_mode: true\n', 'teacher.yaml', TEACHER)
+    cudnn = torch.backends.cudnn
+    cudnn.benchmark = True
+    try:
+        run('x.yaml', ['max_duration=1ba'])
+        assert not torch.are_deterministic_algorithms_enabled()
+        assert (cudnn.benchmark, cudnn.deterministic) == (True, False)
+    finally:
+        torch.use_deterministic_algorithms(False)
+        cudnn.benchmark = cudnn.deterministic = False
+
+
+def test_a_run_that_fails_in_its_first_batch_leaves_nothing(recipes, monkeypatch):
+    hidden = 'teachers=[{name: network, model: {name: parts.hides_its_classes, num_classes: 7}}]'
+    with pytest.raises(RecipeError, match='teachers: ') as error:
+        run('x.yaml', [hidden])
+    assert error.value.exit_code == 1
+    assert not Path('runs').exists()
+    monkeypatch.setattr(parts.Interrupt, 'batch', 1)
+    with pytest.raises(KeyboardInterrupt):
+        run('x.yaml', ['teachers=[]', 'algorithms={}', 'callbacks={parts.Interrupt: {}}'])
+    assert Path('runs/x/metrics.jsonl').exists()
+    with pytest.raises(RecipeError):
+        run('x.yaml', [hidden, 'autoresume=true'])
+    assert Path('runs/x/metrics.jsonl').exists()
 
 
 def test_a_teacher_that_says_nan(recipes):
