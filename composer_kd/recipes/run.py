@@ -115,7 +115,7 @@ def _train(plan: Plan, lock: FolderLock) -> dict[str, Any]:
         _fit(trainer)
     except BaseException as error:
         trainer.engine.close()  # not trainer.close(), which would wait for ranks that may never come
-        if is_new and trainer.state.timestamp.batch == batches and not trainer.saved_checkpoints:
+        if is_new and trainer.state.timestamp.batch - batches <= 1 and not trainer.saved_checkpoints:
             _remove(folder)
         if isinstance(error, TeacherError):
             raise recipe.error(('teachers',), str(error), exit_code=1) from error
