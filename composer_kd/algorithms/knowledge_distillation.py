@@ -6,6 +6,7 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,15 +32,15 @@ def blend(
     """Weighted sum of a model's own loss and a distillation loss, in the form in which Composer logs its parts.
 
     Args:
-        label_loss: What the model's ``loss`` returned. Several are summed, or only
-            ``'total'`` counts where there is one, as Composer does.
+        label_loss: What the model's ``loss`` returned. Several are summed, or only ``'total'`` counts where there is
+            one, as Composer does.
         kd_loss: The distillation loss, a scalar.
         kd_weight: Weight of the distillation loss.
         label_weight: Weight of the model's own loss.
 
     Returns:
-        ``'total'``, which is trained on, and its parts before weighting: ``'label'``, ``'kd'``,
-        and the single losses where ``label_loss`` has several.
+        ``'total'``, which is trained on, and its parts before weighting: ``'label'``, ``'kd'``, and the single losses
+        where ``label_loss`` has several.
 
     Raises:
         ValueError: ``label_loss`` has a part that is called ``'label'`` or ``'kd'``.
@@ -206,16 +207,14 @@ class KnowledgeDistillation(Algorithm):
         return blend(state.loss, kd_loss, kd_weight=self._now.kd_weight, label_weight=self._now.label_weight)
 
 
+@dataclass(frozen=True)
 class _Batch:
     """What was settled for one batch."""
 
-    def __init__(
-        self, distills: bool = False, kd_weight: float = 0.0, label_weight: float = 1.0, speakers: tuple[int, ...] = ()
-    ):
-        self.distills = distills
-        self.kd_weight = kd_weight
-        self.label_weight = label_weight
-        self.speakers = speakers
+    distills: bool = False
+    kd_weight: float = 0.0
+    label_weight: float = 1.0
+    speakers: tuple[int, ...] = ()
 
     def metrics(self) -> dict[str, float]:
         metrics = {'distillation/active': float(bool(self.speakers)), 'distillation/kd_weight': self.kd_weight}
