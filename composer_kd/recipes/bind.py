@@ -142,6 +142,6 @@ def _hints(target: Target) -> dict[str, Any]:
         single = types.SimpleNamespace(__annotations__={name: annotation})
         try:
             hints |= typing.get_type_hints(single, getattr(function, '__globals__', {}))
-        except Exception:
+        except Exception:  # evaluating what somebody wrote can raise anything; then any value will do
             hints[name] = Any
     return hints

@@ -132,6 +132,10 @@ def _claim(recipe: Recipe, lock: FolderLock) -> tuple[Path, bool]:
     folder, is_new = claim(recipe, lock)
     if not is_new:
         if changed := differences(written_recipe(recipe, folder), recipe.config):
+            if (folder / 'summary.json').exists() and set(changed) != {'max_duration'}:
+                # Its weights are those of the recipe that is written there, by which it is found as a teacher.
+                what = f'{folder} is a finished run of another recipe, which differs in {", ".join(changed)}'
+                raise recipe.error((), f'{what}; only max_duration may change, so choose another run_name')
             print(f'going on in {folder} with another recipe than it began with: {", ".join(changed)} changed')
         latest = folder / 'checkpoints' / 'latest-rank0.pt'
         if latest.exists() and not zipfile.is_zipfile(latest):

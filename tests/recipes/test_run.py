@@ -135,10 +135,20 @@ def test_a_damaged_checkpoint_is_not_resumed_from(write):
 def test_a_checkpoint_of_another_model_is_not_resumed_from(write):
     write('', 'x.yaml', HEAD)
     run('x.yaml', ['max_duration=1ep'])
+    Path('runs/x/summary.json').unlink()  # as if it had been interrupted
     with pytest.raises(RecipeError, match=r'^x.yaml:1: cannot load the checkpoint: .*size mismatch') as error:
         run('x.yaml', ['autoresume=true', 'model.width=5'])
     assert error.value.exit_code == 1
     assert Path('runs/x/checkpoints/latest-rank0.pt').exists()
+
+
+def test_a_finished_run_keeps_its_recipe(write):
+    write('', 'x.yaml', HEAD)
+    run('x.yaml', ['max_duration=1ep'])
+    before = {name: Path('runs/x', name).read_text() for name in ('recipe.yaml', 'summary.json')}
+    with pytest.raises(RecipeError, match=r'runs/x is a finished run of another recipe, .* model.width'):
+        run('x.yaml', ['max_duration=1ep', 'autoresume=true', 'model.width=5'])
+    assert before == {name: Path('runs/x', name).read_text() for name in before}
 
 
 def test_teacher_is_trained_once(recipes, capsys):
