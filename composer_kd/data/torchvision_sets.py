@@ -6,13 +6,13 @@ from typing import Literal
 
 import torch
 from composer.core import DataSpec
-from composer.utils import dist
 from torchvision import datasets
 from typing_extensions import Unpack
 
 from composer_kd.data.loader import LoaderOptions, check_split, data_spec, shows_loader_options
 from composer_kd.data.normalization import Normalize
 from composer_kd.data.tensor_images import TensorImages, crop_and_flip, random_images, whole_batch
+from composer_kd.download import downloading
 
 _DOC = """{title}: {shape} images with labels, held in memory.
 
@@ -48,7 +48,7 @@ class _Kind:
 def _read(kind: _Kind, data_dir: str | Path, train: bool, download: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Read one split: pixels (number, *shape) and labels (number,)."""
     if download:
-        with dist.run_local_rank_zero_first():
+        with downloading():
             raw = kind.reader(str(data_dir), train=train, download=True)
     else:
         try:

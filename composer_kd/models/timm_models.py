@@ -5,8 +5,8 @@ from typing import Any
 
 from composer.models import ComposerClassifier
 
+from composer_kd.download import downloading
 from composer_kd.models.classifier import Loss, classifier
-from composer_kd.models.download import downloading
 
 
 def timm(

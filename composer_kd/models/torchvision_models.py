@@ -4,8 +4,8 @@ from composer.models import ComposerClassifier
 from composer.utils import dist
 from torchvision.models import VGG, ResNet, WeightsEnum, get_model, get_model_weights
 
+from composer_kd.download import downloading
 from composer_kd.models.classifier import Loss, classifier
-from composer_kd.models.download import downloading
 
 _DOC = """torchvision's `{name}` as a classifier of RGB images, shape (batch, 3, height, width).
 

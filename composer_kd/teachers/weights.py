@@ -3,33 +3,18 @@
 from __future__ import annotations
 
 import ast
-import contextlib
-import datetime
-import hashlib
-import pickle
-import pickletools
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import torch
 from composer import algorithms as composer_algorithms
 from composer.core import Event
 from torch import nn
 
+from composer_kd.checkpoints import CheckpointError, file_sha256, read_checkpoint
 from composer_kd.teachers.teacher import TeacherError
-
-# Beside tensors, a Composer checkpoint holds random states (NumPy arrays), a clock and a version: plain values all.
-_PLAIN_VALUES = [
-    np.ndarray,
-    np.dtype,
-    type(np.dtype(np.uint32)),
-    np.array(0).__reduce__()[0],
-    datetime.timedelta,
-    type(torch.__version__),
-]
 
 # Composer's algorithms that change a network so that its weights, or what it computes in eval mode, differ.
 _SURGERY = (
@@ -69,14 +54,16 @@ def load_weights(model: nn.Module, path: str | Path, sha256: str | None = None) 
     if sha256 is not None and (found := file_sha256(path)) != sha256.lower():
         raise TeacherError(f'{path}: is not the expected file: its SHA-256 is {found}, not {sha256.lower()}')
 
-    saved = _read(path)
     try:
+        saved = read_checkpoint(path)
         weights, surgery = _contents(saved)
         fits = not _misfit(_renamed(weights, model.state_dict()), model.state_dict())
         for name, representation in surgery:
             # If the weights fit it is done already, unless it is the one that leaves no trace in them.
             if not fits or name == 'StochasticDepth':
                 _redo_surgery(model, name, representation, path)
+    except CheckpointError as error:
+        raise TeacherError(str(error)) from error
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise TeacherError(f'{path}: damaged, or no checkpoint at all') from error
     expected = model.state_dict()
@@ -84,54 +71,6 @@ def load_weights(model: nn.Module, path: str | Path, sha256: str | None = None) 
     if misfit := _misfit(renamed, expected):
         raise TeacherError(f'{path}: does not fit the teacher network: {misfit}')
     model.load_state_dict(renamed)
-
-
-def file_sha256(path: str | Path) -> str:
-    """The SHA-256 of a file, in hexadecimal digits."""
-    digest = hashlib.sha256()
-    with Path(path).open('rb') as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _read(path: Path) -> Mapping[str, Any]:
-    try:
-        with torch.serialization.safe_globals(_PLAIN_VALUES):
-            saved = torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as error:  # whatever a damaged file can cause
-        if isinstance(error, pickle.UnpicklingError) and (forbidden := _forbidden(path)):
-            raise TeacherError(
-                f'{path}: refused, since loading it would run code: it names {", ".join(forbidden)}; '
-                'save the weights alone, torch.save(model.state_dict(), path)'
-            ) from error
-        raise TeacherError(f'{path}: damaged, or no checkpoint at all') from error
-    if not isinstance(saved, Mapping):
-        raise TeacherError(f'{path}: holds {type(saved).__name__}, not a checkpoint or a state dict')
-    return saved
-
-
-def _forbidden(path: Path) -> list[str]:
-    """The names of what the file would import and call, beyond plain values."""
-    try:
-        with torch.serialization.safe_globals(_PLAIN_VALUES):
-            return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-    except Exception:  # damaged, or no zip file: one pickle after another, the format before torch 1.6
-        return _names_in_pickles(path)
-
-
-def _names_in_pickles(path: Path) -> list[str]:
-    names, strings = set(), []
-    with path.open('rb') as file, contextlib.suppress(Exception):
-        while True:
-            for opcode, argument, _ in pickletools.genops(file):
-                if opcode.name == 'GLOBAL':
-                    names.add(str(argument).replace(' ', '.'))
-                elif opcode.name == 'STACK_GLOBAL':
-                    names.add('.'.join(strings[-2:]))
-                elif isinstance(argument, str):
-                    strings.append(argument)
-    return sorted(name for name in names if not name.startswith(('torch.', 'collections.')))
 
 
 def _contents(saved: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[tuple[str, str]]]:

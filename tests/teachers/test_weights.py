@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchvision.models.resnet import Bottleneck, ResNet
 
 from composer_kd import NetworkTeacher, TeacherError
-from composer_kd.teachers import file_sha256, load_weights
+from composer_kd.checkpoints import file_sha256
+from composer_kd.teachers import load_weights
 from settings import CLASSES, classifier, network, train
 
 

@@ -1,0 +1,92 @@
+"""Read a checkpoint that nobody has to trust."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import hashlib
+import pickle
+import pickletools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+# Beside tensors, a Composer checkpoint holds random states (NumPy arrays), a clock and a version: plain values all.
+_PLAIN_VALUES = [
+    np.ndarray,
+    np.dtype,
+    type(np.dtype(np.uint32)),
+    np.array(0).__reduce__()[0],
+    datetime.timedelta,
+    type(torch.__version__),
+]
+
+
+class CheckpointError(RuntimeError):
+    """A file of weights that cannot be used."""
+
+
+def file_sha256(path: str | Path) -> str:
+    """The SHA-256 of a file, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with Path(path).open('rb') as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def find_checkpoint(path: str | Path) -> Path | None:
+    """The checkpoint that a path means: the file itself, or the latest one in the folder of a run; None if neither."""
+    path = Path(path)
+    latest = path / 'checkpoints' / 'latest-rank0.pt'
+    return next((found.resolve() for found in (path, latest) if found.is_file()), None)
+
+
+def read_checkpoint(path: str | Path) -> Mapping[str, Any]:
+    """Read a checkpoint or a state dict to the CPU, with ``weights_only``.
+
+    Raises:
+        CheckpointError: The file is missing, damaged, no mapping, or loading it would run code.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f'{path}: no such file; a checkpoint or a state dict is needed there')
+    try:
+        with torch.serialization.safe_globals(_PLAIN_VALUES):
+            saved = torch.load(path, map_location='cpu', weights_only=True)
+    except Exception as error:  # whatever a damaged file can cause
+        if isinstance(error, pickle.UnpicklingError) and (forbidden := _forbidden(path)):
+            raise CheckpointError(
+                f'{path}: refused, since loading it would run code: it names {", ".join(forbidden)}; '
+                'save the weights alone, torch.save(model.state_dict(), path)'
+            ) from error
+        raise CheckpointError(f'{path}: damaged, or no checkpoint at all') from error
+    if not isinstance(saved, Mapping):
+        raise CheckpointError(f'{path}: holds {type(saved).__name__}, not a checkpoint or a state dict')
+    return saved
+
+
+def _forbidden(path: Path) -> list[str]:
+    """The names of what the file would import and call, beyond plain values."""
+    try:
+        with torch.serialization.safe_globals(_PLAIN_VALUES):
+            return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    except Exception:  # damaged, or no zip file: one pickle after another, the format before torch 1.6
+        return _names_in_pickles(path)
+
+
+def _names_in_pickles(path: Path) -> list[str]:
+    names, strings = set(), []
+    with path.open('rb') as file, contextlib.suppress(Exception):
+        while True:
+            for opcode, argument, _ in pickletools.genops(file):
+                if opcode.name == 'GLOBAL':
+                    names.add(str(argument).replace(' ', '.'))
+                elif opcode.name == 'STACK_GLOBAL':
+                    names.add('.'.join(strings[-2:]))
+                elif isinstance(argument, str):
+                    strings.append(argument)
+    return sorted(name for name in names if not name.startswith(('torch.', 'collections.')))
