@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from composer import Trainer
 from PIL import Image
 
 
@@ -27,18 +29,100 @@ def make_imagefolder(path, classes=2, per_class=4, size=64):
     return Path(path)
 
 
+def shared_data(folder):
+    """A folder of real data; skip the test if it is not there."""
+    found = Path(os.environ.get('COMPOSER_KD_DATA', Path(__file__).parents[2] / 'shared' / 'data')) / folder
+    if not found.is_dir():
+        pytest.skip(f'no data in {found}: set COMPOSER_KD_DATA to a folder that has {folder}')
+    return found
+
+
 def unpack_fashion_mnist(path):
     """Unpack the real Fashion-MNIST under `path`, where torchvision looks for it; skip the test if it is not there."""
-    shared = os.environ.get('COMPOSER_KD_DATA', Path(__file__).parents[2] / 'shared' / 'data')
-    packed = Path(shared) / 'FashionMNIST' / 'raw'
-    if not packed.is_dir():
-        pytest.skip(f'no Fashion-MNIST in {packed}: set COMPOSER_KD_DATA to a folder with FashionMNIST/raw/*.gz')
+    packed = shared_data('FashionMNIST/raw')
     raw = Path(path) / 'FashionMNIST' / 'raw'
     raw.mkdir(parents=True)
     for file in packed.glob('*.gz'):
         with gzip.open(file) as source, (raw / file.stem).open('wb') as target:
             shutil.copyfileobj(source, target)
     return Path(path)
+
+
+TINY_BERT = {
+    **{'hidden_size': 16, 'num_hidden_layers': 2, 'num_attention_heads': 2, 'intermediate_size': 32},
+    **{'max_position_embeddings': 64},
+}
+
+_LETTERS = 'abcdefghijklmnopqrstuvwxyz'
+
+
+def make_vocabulary(path):
+    """Write a `vocab.txt` of word pieces: what is special, digits and letters."""
+    pieces = [piece for letter in _LETTERS + '0123456789' for piece in (letter, f'##{letter}')]
+    words = ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]', *pieces]
+    Path(path).write_text(''.join(f'{word}\n' for word in words), encoding='utf-8')
+    return str(path)
+
+
+# Columns of the files in GLUE's own layout; A and B are texts, L is the label.
+_GLUE = {
+    'CoLA': ('', 'src L x A', '01'),
+    'SST-2': ('sentence label', 'A L', '01'),
+    'MRPC': ('Quality,#1 ID,#2 ID,#1 String,#2 String', 'L 1 2 A B', '01'),
+    'STS-B': (
+        'index genre filename year old_index source1 source2 sentence1 sentence2 score',
+        '0 g f y 0 s s A B L',
+        '',
+    ),
+    'QQP': ('id qid1 qid2 question1 question2 is_duplicate', '0 1 2 A B L', '01'),
+    'MNLI': (
+        'index promptID pairID genre sentence1_binary_parse sentence2_binary_parse sentence1_parse sentence2_parse '
+        'sentence1 sentence2 label1 gold_label',
+        '0 1 2 g p p p p A B l L',
+        ('entailment', 'neutral', 'contradiction'),
+    ),
+    'QNLI': ('index question sentence label', '0 A B L', ('entailment', 'not_entailment')),
+    'RTE': ('index sentence1 sentence2 label', '0 A B L', ('entailment', 'not_entailment')),
+}
+
+
+def make_glue(path, train=96, validation=10):
+    """Write the files of all tasks of GLUE in its own layout, with a few examples each, whose label is easy to see."""
+    rng = np.random.default_rng(0)
+    for task, (header, row, labels) in _GLUE.items():
+        (Path(path) / task).mkdir(parents=True)
+        splits = ('dev_matched', 'dev_mismatched') if task == 'MNLI' else ('dev',)
+        for split in ('train', *splits):
+            lines = ['\t'.join(header.split(',' if ',' in header else ' '))] if header else []
+            for number in range(train if split == 'train' else validation):
+                words = [''.join(rng.choice([*_LETTERS], 3)) for _ in range(rng.integers(2, 8))]
+                kind = number % (len(labels) or 5)
+                values = {
+                    'A': f'{kind} ' + ' '.join(words),
+                    'B': f'"{words[0]}',
+                    'L': str(labels[kind] if labels else kind / 2),
+                }
+                lines.append('\t'.join(values.get(field, field) for field in row.split()))
+            (Path(path) / task / f'{split}.tsv').write_text(''.join(f'{line}\n' for line in lines), encoding='utf-8')
+    return Path(path)
+
+
+def train_one_batch(model, input_ids, labels, folder):
+    """Train a text model on one batch; the checkpoint is in `folder`."""
+    rows = [
+        {'input_ids': ids, 'attention_mask': torch.ones_like(ids), 'labels': label}
+        for ids, label in zip(input_ids, labels, strict=True)
+    ]
+    trainer = Trainer(
+        model=model,
+        train_dataloader=torch.utils.data.DataLoader(rows, batch_size=len(rows)),
+        optimizers=torch.optim.AdamW(model.parameters(), lr=0.01),
+        max_duration='1ba',
+        save_folder=str(folder),
+        progress_bar=False,
+    )
+    trainer.fit()
+    trainer.close()
 
 
 def on_two_ranks(code, folder):

@@ -1,15 +1,15 @@
 """From a data set to Composer's `DataSpec`, and the loader options that every builder has in common."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypedDict, TypeVar
 
 import torch
 from composer.core import DataSpec
 from composer.utils import dist
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-_Builder = TypeVar('_Builder', bound=Callable[..., DataSpec])
+_Builder = TypeVar('_Builder', bound=Callable[..., Any])
 
 
 class LoaderOptions(TypedDict, total=False):
@@ -36,8 +36,8 @@ def data_spec(
     persistent_workers: bool | None = None,
     prefetch_factor: int | None = None,
     collate_fn: Callable[[Any], Any] | None = None,
-    batch_transforms: Callable[[Any], Any] | None = None,
-    microbatch_transforms: Callable[[Any], Any] | None = None,
+    with_epoch: bool = False,
+    **of_batches: Any,
 ) -> DataSpec:
     """Deal `dataset` out to the ranks in batches.
 
@@ -61,11 +61,50 @@ def data_spec(
         persistent_workers: whether workers live on from epoch to epoch. Default: None, yes if there are any.
         prefetch_factor: batches that each worker keeps ready. Default: None, torch's 2.
         collate_fn: makes a batch of what the data set returns. Default: None, torch's.
-        batch_transforms: applied to each batch on the host. Default: None.
-        microbatch_transforms: applied to each microbatch on the device. Default: None.
+        with_epoch: whether the data set is asked for (index, epoch) instead of an index, so that what it draws at
+            random can be a function of these alone. Default: False.
+        **of_batches: what else Composer's DataSpec is to know: `batch_transforms`, `microbatch_transforms`, ...
 
     Raises:
-        ValueError: `batch_size` is no multiple of the number of ranks, or there is not one batch in an epoch.
+        ValueError: `batch_size` is no multiple of the number of ranks, there is not one batch in an epoch, or there are
+            no samples at all.
+    """
+    shuffle = train if shuffle is None else shuffle
+    drop_last = train if drop_last is None else drop_last
+    sampler = (_IndexAndEpoch if with_epoch else DistributedSampler)(
+        dataset,
+        num_replicas=dist.get_world_size(),
+        rank=dist.get_global_rank(),
+        shuffle=shuffle,
+        drop_last=drop_last,
+        seed=shuffle_seed,
+    )
+    loader = DataLoader(
+        dataset,
+        batch_size=rank_batch_size(batch_size),
+        sampler=sampler,
+        drop_last=drop_last,
+        num_workers=num_workers,
+        collate_fn=collate_fn,
+        pin_memory=torch.cuda.is_available() if pin_memory is None else pin_memory,
+        persistent_workers=num_workers > 0 if persistent_workers is None else persistent_workers,
+        prefetch_factor=prefetch_factor,
+    )
+    if len(dataset) == 0:  # pyright: ignore[reportArgumentType]
+        raise ValueError('the data set has no samples')
+    if len(loader) == 0:
+        raise ValueError(
+            f'the data set has {len(dataset)} samples, which is not one batch of batch_size={batch_size}: '  # pyright: ignore[reportArgumentType]
+            'take a smaller batch_size, or drop_last=false'
+        )
+    return DataSpec(loader, **of_batches)
+
+
+def rank_batch_size(batch_size: int) -> int:
+    """The part of a batch over all ranks that is each rank's.
+
+    Raises:
+        ValueError: `batch_size` is no multiple of the number of ranks.
     """
     ranks = dist.get_world_size()
     if batch_size < 1 or batch_size % ranks:
@@ -74,25 +113,13 @@ def data_spec(
             f'batch_size={batch_size} counts all ranks and must be a multiple of their number, {ranks}: '
             f'take {near}, for example'
         )
-    shuffle = train if shuffle is None else shuffle
-    drop_last = train if drop_last is None else drop_last
-    loader = DataLoader(
-        dataset,
-        batch_size=batch_size // ranks,
-        sampler=dist.get_sampler(dataset, shuffle=shuffle, drop_last=drop_last, seed=shuffle_seed),
-        drop_last=drop_last,
-        num_workers=num_workers,
-        collate_fn=collate_fn,
-        pin_memory=torch.cuda.is_available() if pin_memory is None else pin_memory,
-        persistent_workers=num_workers > 0 if persistent_workers is None else persistent_workers,
-        prefetch_factor=prefetch_factor,
-    )
-    if len(loader) == 0:
-        raise ValueError(
-            f'the data set has {len(dataset)} samples, which is not one batch of batch_size={batch_size}: '  # pyright: ignore[reportArgumentType]
-            'take a smaller batch_size, or drop_last=false'
-        )
-    return DataSpec(loader, batch_transforms=batch_transforms, microbatch_transforms=microbatch_transforms)
+    return batch_size // ranks
+
+
+class _IndexAndEpoch(DistributedSampler):
+    def __iter__(self) -> Iterator[tuple[int, int]]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        for index in super().__iter__():
+            yield index, self.epoch
 
 
 def check_split(split: str, *known: str) -> None:
@@ -110,8 +137,10 @@ def shows_loader_options(build: _Builder) -> _Builder:
     own = [p for p in inspect.signature(build).parameters.values() if p.kind is not p.VAR_KEYWORD]
     options = inspect.signature(data_spec).parameters
     signature = inspect.Signature(
-        [*own, *(options[name] for name in LoaderOptions.__annotations__)], return_annotation=DataSpec
+        [*own, *(options[name] for name in LoaderOptions.__annotations__)],
+        return_annotation=inspect.signature(build).return_annotation,
     )
     build.__signature__ = signature  # pyright: ignore[reportFunctionMemberAccess]
-    build.__annotations__ = {name: p.annotation for name, p in signature.parameters.items()} | {'return': DataSpec}
+    build.__annotations__ = {name: p.annotation for name, p in signature.parameters.items()}
+    build.__annotations__['return'] = signature.return_annotation
     return build
