@@ -1,7 +1,8 @@
-"""Builders of networks: each returns a `composer.models.ComposerClassifier`."""
+"""Builders of networks: each returns a `composer.models.ComposerModel`."""
 
 from composer_kd.models.cifar_resnet import cifar_resnet20, cifar_resnet56
 from composer_kd.models.convnet import small_convnet
+from composer_kd.models.text_models import masked_lm, text_classifier
 from composer_kd.models.timm_models import timm
 from composer_kd.models.torchvision_models import (
     resnet18,
@@ -27,6 +28,7 @@ from composer_kd.models.torchvision_models import (
 __all__ = [
     'cifar_resnet20',
     'cifar_resnet56',
+    'masked_lm',
     'resnet18',
     'resnet34',
     'resnet50',
@@ -36,6 +38,7 @@ __all__ = [
     'resnext101_32x8d',
     'resnext101_64x4d',
     'small_convnet',
+    'text_classifier',
     'timm',
     'vgg11',
     'vgg11_bn',

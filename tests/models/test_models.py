@@ -6,8 +6,10 @@ from composer.models import ComposerClassifier
 
 from composer_kd import models
 
+TEXT = ['masked_lm', 'text_classifier']
 
-@pytest.mark.parametrize('name', models.__all__)
+
+@pytest.mark.parametrize('name', [name for name in models.__all__ if name not in TEXT])
 def test_signature_can_check_arguments(name):
     signature = inspect.signature(getattr(models, name))
     assert signature.return_annotation is ComposerClassifier
