@@ -1,7 +1,11 @@
 """Train faster with MosaicML Composer by distillation."""
 
-from composer_kd.algorithms import EarlyStopDistillation, KnowledgeDistillation, TeacherSampling
-from composer_kd.teachers import NetworkTeacher, TeacherError, TeacherPool
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from composer_kd.algorithms import EarlyStopDistillation, KnowledgeDistillation, TeacherSampling
+    from composer_kd.teachers import NetworkTeacher, TeacherError, TeacherPool
 
 __version__ = '0.1.0'
 
@@ -13,3 +17,11 @@ __all__ = [
     'TeacherPool',
     'TeacherSampling',
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # When they are asked for: Composer takes seconds to import, and a mistyped command should not wait for it.
+    if name not in __all__:
+        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    room = 'teachers' if name in ('NetworkTeacher', 'TeacherError', 'TeacherPool') else 'algorithms'
+    return getattr(importlib.import_module(f'{__name__}.{room}'), name)

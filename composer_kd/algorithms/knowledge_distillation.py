@@ -17,6 +17,7 @@ from composer.utils import ensure_tuple
 
 from composer_kd import losses
 from composer_kd.teachers import Teacher, TeacherPool, logits_of
+from composer_kd.vocabulary import DeferredLogits, Logits, over_sequences
 
 _NO_LABEL = -100  # torch's and Hugging Face's mark of a position without one
 _LOSSES = {loss.__name__: loss for loss in (losses.kl, losses.reverse_kl, losses.jsd, losses.mse, losses.cosine)}
@@ -86,6 +87,9 @@ class KnowledgeDistillation(Algorithm):
         label_weight: Weight of the student's own loss in batches that distill; it is 1 in all others.
             Default: ``0.1``.
         interval: Distill in every ``interval``-th batch. Default: ``1``.
+        softmax_axis: What the distributions that a loss with a temperature compares lie over: ``'vocabulary'``, one
+            distribution for each labelled position; or, for models of tokens, ``'sequence'``, one for each word, over
+            the labelled positions of a sequence. Default: ``'vocabulary'``.
 
     Raises:
         ValueError: An argument is out of range.
@@ -113,6 +117,7 @@ class KnowledgeDistillation(Algorithm):
         kd_weight: float = 0.9,
         label_weight: float = 0.1,
         interval: int = 1,
+        softmax_axis: str = 'vocabulary',
     ):
         if isinstance(loss, str) and loss not in _LOSSES:
             raise ValueError(f'unknown loss {loss!r}; known: {", ".join(_LOSSES)}')
@@ -123,6 +128,12 @@ class KnowledgeDistillation(Algorithm):
                 raise ValueError(f'{name} must be 0 or more, not {weight}')
         if not isinstance(interval, int) or interval < 1:
             raise ValueError(f'interval must be a whole number of batches, 1 or more, not {interval}')
+        if softmax_axis not in ('vocabulary', 'sequence'):
+            raise ValueError(f"softmax_axis must be 'vocabulary' or 'sequence', not {softmax_axis!r}")
+        if softmax_axis == 'sequence' and loss in ('mse', 'cosine'):
+            raise ValueError(f"{loss} compares no distributions, so it knows no softmax_axis: leave 'vocabulary'")
+        if softmax_axis == 'sequence' and callable(loss) and 'axis' not in inspect.signature(loss).parameters:
+            raise ValueError("softmax_axis='sequence' needs a loss that takes the axis of the classes, `axis`")
         self.pool = TeacherPool(teachers)
         self.kd_weight = kd_weight
         self.label_weight = label_weight
@@ -135,9 +146,10 @@ class KnowledgeDistillation(Algorithm):
         self._own_loss = not isinstance(loss, str)
         if 'temperature' in inspect.signature(self._loss).parameters:
             self._loss = functools.partial(self._loss, temperature=temperature)
+        self._over_sequences = softmax_axis == 'sequence'
         self._shifts_labels = False
         self._now = _Batch()
-        self._signal: torch.Tensor | None = None
+        self._signal: Logits | None = None
 
     def check(self, student: ComposerModel) -> None:
         """Raise :class:`TeacherError` if one of the teachers cannot teach ``student``; costs no forward pass."""
@@ -165,7 +177,7 @@ class KnowledgeDistillation(Algorithm):
             self._now = self._settle(state)
             logger.log_metrics(self._now.metrics())
         elif event == Event.AFTER_FORWARD and self._now.speakers:
-            self._signal = self.pool.signal(state.batch, self._now.speakers, logits_of(state.outputs).detach())
+            self._ask(state)
         elif event == Event.BEFORE_BACKWARD:
             state.loss = self._blended(state)
             self._signal = None
@@ -193,18 +205,53 @@ class KnowledgeDistillation(Algorithm):
         label_weight = 1.0 + share * (self.label_weight - 1.0) if share < 1.0 else self.label_weight
         return _Batch(True, kd_weight, label_weight, self.speakers(state) if kd_weight > 0.0 else ())
 
+    def _ask(self, state: State) -> None:
+        """Ask the teachers about the microbatch; of a token model, about the positions that its outputs are of."""
+        outputs: Any = state.outputs
+        batch, student_logits = state.batch, logits_of(outputs)
+        positions = outputs.get('positions') if isinstance(outputs, Mapping) else None
+        if isinstance(batch, Mapping):  # the loader may know positions that the student has no eye for
+            batch = {key: value for key, value in batch.items() if key != 'positions'}
+            batch |= {} if positions is None else {'positions': positions}
+        signal = self.pool.signal(batch, self._now.speakers, student_logits)
+        if not isinstance(student_logits, DeferredLogits):
+            self._signal = signal
+            return
+        lesson = {
+            'teacher_logits': signal,
+            'kd_loss': functools.partial(self._loss, where=None),
+            'kd_weight': self._now.kd_weight,
+            'label_weight': self._now.label_weight,
+            'sequences': _sequences(state.batch, positions) if self._over_sequences else None,
+        }
+        # The model's own loss takes it in: both losses of a chunk of logits are computed while the chunk is there.
+        state.outputs = {**outputs, 'lesson': lesson}  # pyright: ignore[reportAttributeAccessIssue]
+
     def _blended(self, state: State) -> Any:
+        if isinstance(state.outputs, Mapping) and 'lesson' in state.outputs:
+            return state.loss
         if self._signal is None:  # kd_weight is 0, so no teacher was asked
             return state.loss if self._now.label_weight == 1.0 else self._now.label_weight * _total(state.loss)
         student_logits = logits_of(state.outputs)
+        assert isinstance(student_logits, torch.Tensor) and isinstance(self._signal, torch.Tensor)
+        kd_loss = self._kd_loss(state, student_logits, self._signal)
+        return blend(state.loss, kd_loss, kd_weight=self._now.kd_weight, label_weight=self._now.label_weight)
+
+    def _kd_loss(self, state: State, student_logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
         where = _that_count(state.batch, student_logits, self._shifts_labels)
+        if self._over_sequences:
+            positions = state.outputs.get('positions') if isinstance(state.outputs, Mapping) else None
+            if positions is None and where is not None:
+                positions = where.flatten().nonzero().squeeze(1)
+                student_logits, teacher_logits = (x.flatten(0, 1)[positions] for x in (student_logits, teacher_logits))
+            loss = over_sequences(self._loss, _sequences(state.batch, positions))
+            return loss(student_logits=student_logits, teacher_logits=teacher_logits)
         if where is None and student_logits.ndim != 2 and not self._own_loss:
             raise ValueError(
                 f'which axis of logits of shape {list(student_logits.shape)} has the classes? Pass it with the loss: '
                 'loss=functools.partial(kl, axis=1)'
             )
-        kd_loss = self._loss(student_logits=student_logits, teacher_logits=self._signal, where=where)
-        return blend(state.loss, kd_loss, kd_weight=self._now.kd_weight, label_weight=self._now.label_weight)
+        return self._loss(student_logits=student_logits, teacher_logits=teacher_logits, where=where)
 
 
 @dataclass(frozen=True)
@@ -255,3 +302,10 @@ def _that_count(batch: Any, logits: torch.Tensor, shifts_labels: bool) -> torch.
     if shifts_labels:  # a causal model: the logits at a position are for the label of the next
         labels = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=_NO_LABEL)
     return labels != _NO_LABEL
+
+
+def _sequences(batch: Any, positions: torch.Tensor | None) -> torch.Tensor:
+    """To which sequence of the batch each of the flattened positions belongs."""
+    if positions is None:
+        raise ValueError("softmax_axis='sequence' is for models of tokens, whose batch has a label for each of them")
+    return positions // batch['input_ids'].shape[1]

@@ -16,6 +16,8 @@ from torch import nn
 from composer_kd.normalization import NORMALIZATION
 from composer_kd.teachers.teacher import TeacherError, logits_of
 from composer_kd.teachers.weights import load_weights
+from composer_kd.tokenization import saved_tokenizer, tokenizer_difference
+from composer_kd.vocabulary import DeferredLogits
 
 if TYPE_CHECKING:
     from composer.core import Batch, State
@@ -80,6 +82,7 @@ class NetworkTeacher:
         self._compile = compile
         if checkpoint is not None:
             load_weights(model, checkpoint, sha256)
+            _check_tokenizer(model, checkpoint)
         inner = getattr(model, 'module', None)
         self.name = name or type(inner if isinstance(inner, nn.Module) else model).__name__
         self._source = None if checkpoint is None else str(checkpoint)
@@ -88,7 +91,7 @@ class NetworkTeacher:
         self._manifest: dict[str, Any] | None = None
 
     def check(self, student: ComposerModel) -> None:
-        """Raise :class:`TeacherError` if this network shares parameters with ``student`` or has other classes."""
+        """Raise :class:`TeacherError` if this network is in part ``student``, or knows other classes or words."""
         network = self._live_network()
         own = {id(parameter) for parameter in network.parameters()}
         if any(id(parameter) in own for parameter in student.parameters()):
@@ -99,6 +102,12 @@ class NetworkTeacher:
         has, wants = (getattr(model, 'num_classes', None) for model in (network, student))
         if isinstance(has, int) and isinstance(wants, int) and has != wants:
             raise TeacherError(f'teacher {self.name} has {has} classes, the student {wants}: they must be the same')
+        own, students = (getattr(model, 'tokenizer', None) for model in (network, student))
+        if own is not None and students is not None and (difference := tokenizer_difference(own, students)):
+            raise TeacherError(
+                f"the tokenizer of teacher {self.name} is not the student's ({difference}): the same text must be the "
+                'same ids to both'
+            )
 
     def prepare(self, state: State) -> None:
         """Freeze the network, and move it to the student's device, in the chosen dtype and memory format."""
@@ -118,12 +127,17 @@ class NetworkTeacher:
             self._forward = torch.compile(network) if self._compile else network
 
     @torch.no_grad()
-    def signal(self, batch: Batch) -> torch.Tensor:
-        """The network's logits for a device microbatch, which stays as it is."""
+    def signal(self, batch: Batch) -> torch.Tensor | DeferredLogits:
+        """The network's logits for a device microbatch, which stays as it is; for its ``positions``, if it has any."""
         if self._forward is None:
             raise TeacherError(f'teacher {self.name} was asked before prepare(), or after release()')
         with self._context():
-            return logits_of(self._ask(batch))
+            logits = logits_of(self._ask(batch))
+        positions = batch.get('positions') if isinstance(batch, Mapping) else None
+        if positions is not None and logits.shape[:-1] == batch['input_ids'].shape:  # it has no eye for positions
+            assert isinstance(logits, torch.Tensor)
+            return logits.flatten(0, 1)[positions]
+        return logits
 
     def release(self) -> None:
         """Leave the device, and drop the network; whoever else holds it finds it on the CPU."""
@@ -156,7 +170,10 @@ class NetworkTeacher:
     def _ask(self, batch: Batch) -> Any:
         if isinstance(batch, Mapping):
             inputs = {key: self._converted(value) for key, value in batch.items() if key != 'labels'}
-            return self._forward(inputs) if isinstance(self._network, ComposerModel) else self._forward(**inputs)
+            if isinstance(self._network, ComposerModel):
+                return self._forward(inputs)
+            inputs.pop('positions', None)
+            return self._forward(**inputs)
         inputs = self._converted(batch[0])
         return self._forward((inputs, *batch[1:]) if isinstance(self._network, ComposerModel) else inputs)
 
@@ -171,6 +188,16 @@ class NetworkTeacher:
         if self._channels_last and inputs.ndim == 4:
             inputs = inputs.contiguous(memory_format=torch.channels_last)
         return inputs
+
+
+def _check_tokenizer(model: nn.Module, checkpoint: str | Path) -> None:
+    """See whether a network reads with the tokenizer that its weights were trained with, where both are known."""
+    reads, learned = getattr(model, 'tokenizer', None), saved_tokenizer(checkpoint)
+    if reads is not None and learned is not None and (difference := tokenizer_difference(reads, learned)):
+        raise TeacherError(
+            f'{checkpoint}: was trained with another tokenizer than the one that is given ({difference}); if that one '
+            'is made from text, the text has changed since: train the teacher anew, under another name'
+        )
 
 
 def _renormalize(student: Normalization | None, teacher: Normalization | None) -> list[torch.Tensor] | None:

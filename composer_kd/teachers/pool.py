@@ -10,6 +10,7 @@ from composer.utils import dist
 
 from composer_kd.teachers.stopwatch import Stopwatch
 from composer_kd.teachers.teacher import Teacher, TeacherError
+from composer_kd.vocabulary import DeferredLogits, Logits, MeanLogits
 
 if TYPE_CHECKING:
     from composer.core import Batch, State
@@ -63,7 +64,7 @@ class TeacherPool:
             teacher.release()
         self.released = True
 
-    def signal(self, batch: Batch, speakers: Sequence[int], student_logits: torch.Tensor) -> torch.Tensor:
+    def signal(self, batch: Batch, speakers: Sequence[int], student_logits: torch.Tensor | DeferredLogits) -> Logits:
         """The mean of the logits of the teachers in ``speakers``.
 
         Args:
@@ -72,12 +73,12 @@ class TeacherPool:
             student_logits: What the student said to it, shape (N, ..., C).
 
         Returns:
-            Logits, shape (N, ..., C). One teacher's as they are, a mean in fp32 or more.
+            Logits, shape (N, ..., C). One teacher's as they are, a mean in fp32 or more; deferred if the student's are.
 
         Raises:
             TeacherError: A teacher's logits have another shape than the student's.
         """
-        mean = None
+        mean, deferred = None, []
         for index in speakers:
             teacher = self.teachers[index]
             with self._stopwatch.running(student_logits.device):
@@ -88,12 +89,22 @@ class TeacherPool:
                     f'teacher {teacher.name} (number {index}) gives logits of shape {list(logits.shape)}, the student '
                     f'{list(student_logits.shape)}: they must be the same'
                 )
-            sound = (logits < torch.inf).all()  # not so for NaN; -inf rules out a class
+            if isinstance(logits, DeferredLogits):
+                logits = logits.detach()  # cast here, the projection is not cast again for the loss
+                sound = logits.are_sound()
+            else:
+                sound = (logits < torch.inf).all()  # not so for NaN; -inf rules out a class
             self._sound[index] = self._sound[index] & sound if index in self._sound else sound
+            if isinstance(student_logits, DeferredLogits):
+                deferred.append(logits)
+                continue
+            logits = logits if isinstance(logits, torch.Tensor) else logits.part()
             if len(speakers) == 1:
                 return logits
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / len(speakers)
             mean = logits if mean is None else mean + logits
+        if deferred:
+            return deferred[0] if len(deferred) == 1 else MeanLogits(deferred)
         assert mean is not None, 'no teacher was named'
         return mean
 

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 
+from composer_kd.vocabulary import DeferredLogits
+
 if TYPE_CHECKING:
     from composer.core import Batch, State
     from composer.models import ComposerModel
@@ -30,8 +32,11 @@ class Teacher(Protocol):
         """Get ready on the device of ``state``; asked once, before the first batch."""
         ...
 
-    def signal(self, batch: Batch) -> torch.Tensor:
-        """Logits for a microbatch that is on the device: the student's shape, any float dtype, no gradient."""
+    def signal(self, batch: Batch) -> torch.Tensor | DeferredLogits:
+        """Logits for a microbatch that is on the device: the student's shape, any float dtype, no gradient.
+
+        A mapping may hold ``positions``, shape (M,): those of the N L flattened positions whose logits are wanted.
+        """
         ...
 
     def release(self) -> None:
@@ -43,11 +48,11 @@ class Teacher(Protocol):
         ...
 
 
-def logits_of(outputs: Any) -> torch.Tensor:
+def logits_of(outputs: Any) -> torch.Tensor | DeferredLogits:
     """The logits in what a model's ``forward`` returned: a tensor, or a mapping with ``logits`` (Hugging Face)."""
     if isinstance(outputs, torch.Tensor):
         return outputs
-    if isinstance(outputs, Mapping) and isinstance(outputs.get('logits'), torch.Tensor):
+    if isinstance(outputs, Mapping) and isinstance(outputs.get('logits'), torch.Tensor | DeferredLogits):
         return outputs['logits']
     raise TeacherError(
         'distillation needs logits: a tensor or a mapping with `logits`, but the model returned '
