@@ -4,11 +4,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from composer.core import Time, TimeUnit
 from composer.models import ComposerModel
 from composer.utils import reproducibility
 
+from composer_kd.models.fit import misfit
 from composer_kd.recipes.bind import signature
-from composer_kd.recipes.check import Plan, TeacherPlan, takes_teachers
+from composer_kd.recipes.check import Plan, takes_teachers
+from composer_kd.recipes.folder import run_folder
 from composer_kd.teachers import TeacherError
 
 
@@ -32,11 +35,15 @@ def build(plan: Plan, checkpoints: Sequence[tuple[Path, str] | None]) -> dict[st
     if not isinstance(model, ComposerModel):
         raise plan.recipe.error(plan.model.key, f'must build a ComposerModel, not {type(model).__name__}')
     keywords: dict[str, Any] = {'model': model, 'train_dataloader': plan.train_data()}
+    if isinstance(keywords['train_dataloader'], list):
+        raise plan.recipe.error(plan.train_data.key, 'is more than one set, made for evaluation: train on one of them')
+    _check_length(plan, keywords['train_dataloader'].dataloader)
     if plan.eval_data:
         keywords['eval_dataloader'] = plan.eval_data()
+    _check_fit(plan, 'model', model, keywords)
     if plan.optimizer:
         keywords['optimizers'] = plan.optimizer(params=model.parameters())
-    teachers = [_teacher(teacher, file) for teacher, file in zip(plan.teachers, checkpoints, strict=True)]
+    teachers = [_teacher(plan, index, file, keywords) for index, file in enumerate(checkpoints)]
     keywords['schedulers'] = [call() for call in plan.schedulers]
     keywords['algorithms'] = []
     for call in plan.algorithms:
@@ -52,12 +59,33 @@ def build(plan: Plan, checkpoints: Sequence[tuple[Path, str] | None]) -> dict[st
     return plan.trainer | keywords
 
 
-def _teacher(plan: TeacherPlan, checkpoint: tuple[Path, str] | None) -> Any:
-    if plan.model is None:
-        return plan.call()
-    supplied: dict[str, Any] = {'model': plan.model()}
-    if 'name' in signature(plan.call.target):
-        supplied['name'] = plan.recipe.recipe.path.stem if plan.recipe else str(plan.model.target.__name__)
+def _teacher(plan: Plan, index: int, checkpoint: tuple[Path, str] | None, keywords: dict[str, Any]) -> Any:
+    teacher = plan.teachers[index]
+    if teacher.model is None:
+        return teacher.call()
+    supplied: dict[str, Any] = {'model': teacher.model()}
+    _check_fit(plan, f'teachers.{index}', supplied['model'], keywords)
+    if 'name' in signature(teacher.call.target):
+        supplied['name'] = (
+            run_folder(teacher.recipe.recipe).name if teacher.recipe else str(teacher.model.target.__name__)
+        )
     if checkpoint:
         supplied['checkpoint'], supplied['sha256'] = checkpoint
-    return plan.call(**supplied)
+    return teacher.call(**supplied)
+
+
+def _check_length(plan: Plan, loader: Any) -> None:
+    """See whether the run would ever end."""
+    try:
+        len(loader)
+    except TypeError as error:
+        if Time.from_input(plan.trainer['max_duration'], TimeUnit.EPOCH).unit == TimeUnit.EPOCH:
+            what = 'train_data streams without end, so that no epoch ever ends: count in batches, samples or tokens'
+            raise plan.recipe.error(('max_duration',), what) from error
+
+
+def _check_fit(plan: Plan, name: str, model: Any, keywords: dict[str, Any]) -> None:
+    """See whether a model can read the data."""
+    for data_key, data in (('train_data', 'train_dataloader'), ('eval_data', 'eval_dataloader')):
+        if problem := misfit(model, keywords.get(data), model_key=name, data_key=data_key):
+            raise plan.recipe.error(name.split('.'), problem)

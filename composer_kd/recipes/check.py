@@ -159,28 +159,34 @@ def _teacher(recipe: Recipe, key: tuple, entry: object, trail: tuple[Path, ...])
     if 'model' not in signature(target):
         return TeacherPlan(Call(recipe, key, target, bind(recipe, key, target, arguments)))
     model, path = arguments.pop('model', None), arguments.pop('recipe', None)
+    overrides = arguments.pop('overrides', [])
     if (model is None) == (path is None):
         raise recipe.error(key, 'a teacher has either a `model` or a `recipe`; give one of them')
+    if path is None and overrides:
+        raise recipe.error((*key, 'overrides'), 'are for the recipe of a teacher; give a `recipe`, or remove them')
     call = Call(recipe, key, target, bind(recipe, key, target, arguments, {'model'}))
     if path is None:
         return TeacherPlan(call, _builder(recipe, (*key, 'model'), model, 'model'))
     for name in ('checkpoint', 'sha256'):
         if name in arguments:
             raise recipe.error((*key, name), 'comes from the run of `recipe`; give a `model` instead, or remove it')
-    plan = _teacher_recipe(recipe, (*key, 'recipe'), path, trail)
+    plan = _teacher_recipe(recipe, key, path, overrides, trail)
     return TeacherPlan(call, plan.model, plan)
 
 
-def _teacher_recipe(recipe: Recipe, key: tuple, path: object, trail: tuple[Path, ...]) -> Plan:
+def _teacher_recipe(recipe: Recipe, key: tuple, path: object, overrides: object, trail: tuple[Path, ...]) -> Plan:
     if not isinstance(path, str):
-        raise recipe.error(key, f'must be the path of a recipe, not {path!r}')
+        raise recipe.error((*key, 'recipe'), f'must be the path of a recipe, not {path!r}')
+    if not isinstance(overrides, list) or not all(isinstance(override, str) for override in overrides):
+        raise recipe.error((*key, 'overrides'), f'must be a list of items key=value, not {overrides!r}')
     beside = recipe.path.parent / path
     found = beside if beside.exists() else Path(path)
     if not found.is_file():
-        raise recipe.error(key, f'there is no file {beside}; give the path of a recipe')
+        raise recipe.error((*key, 'recipe'), f'there is no file {beside}; give the path of a recipe')
     if found.resolve() in trail:
-        raise recipe.error(key, f'{found} is taught by its own student; remove one of the two')
-    teacher = load(found)
+        raise recipe.error((*key, 'recipe'), f'{found} is taught by its own student; remove one of the two')
+    name = '.'.join(map(str, (*key, 'overrides')))
+    teacher = load(found, overrides, f'{recipe.where((*key, "overrides"))}: {name}')
     teacher.config |= {name: recipe.config[name] for name in INHERITED if name in recipe.config}
     return check(teacher, trail)
 

@@ -16,11 +16,13 @@ from composer_kd.recipes.lock import FolderLock
 
 _Decision = TypeVar('_Decision')
 
-# What a recipe may say that does not change what is trained.
+_OF_LOADING = ('data_dir', 'download', 'num_workers', 'pin_memory', 'persistent_workers', 'prefetch_factor')
+
+# What a recipe may say that does not change what is trained, nor, within `eval_data`, what is measured.
 _BESIDE_THE_POINT = {
     *('run_name', 'runs_dir', 'device', 'autoresume', 'loggers', 'dist_timeout', 'python_log_level', 'eval_data'),
-    *(f'train_data.{name}' for name in ('data_dir', 'download', 'num_workers', 'pin_memory')),
-    *(f'train_data.{name}' for name in ('persistent_workers', 'prefetch_factor')),
+    *(f'train_data.{name}' for name in _OF_LOADING),
+    *(f'eval_data.{name}' for name in (*_OF_LOADING, 'batch_size')),
 }
 _PREFIXES_BESIDE_THE_POINT = ('save_', 'log_', 'console_', 'progress_bar', 'load_progress_bar', 'auto_log_hparams')
 

@@ -38,20 +38,22 @@ class Recipe:
     Args:
         path: The file.
         config: The values.
-        lines: Position of each key: a line number, or None for one given on the command line.
+        lines: Position of each key: a line number, or None for one that was overridden.
+        overridden: Where overrides stand.
     """
 
     path: Path
     config: dict[str, Any]
     lines: dict[Key, int | None] = field(default_factory=dict)
+    overridden: str = COMMAND_LINE
 
     def where(self, key: Sequence[object] = ()) -> str:
-        """`FILE:LINE` of a key, or of the nearest key around it; `command line` for a value that was given there."""
+        """`FILE:LINE` of a key, or of the nearest key around it; for a value that was overridden, where that was."""
         path = tuple(map(str, key))
         while path and path not in self.lines:
             path = path[:-1]
         line = self.lines.get(path, 1)
-        return COMMAND_LINE if line is None else f'{self.path}:{line}'
+        return self.overridden if line is None else f'{self.path}:{line}'
 
     def error(self, key: Sequence[object], message: str, exit_code: int = 2) -> RecipeError:
         """The error to raise for what stands at a key."""
@@ -65,13 +67,14 @@ def nearest(name: str, names: Collection[str]) -> str:
     return f'did you mean {close[0]!r}?' if close else f'there are: {", ".join(sorted(names))}'
 
 
-def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load(path: str | Path, overrides: Sequence[str] = (), overridden: str = COMMAND_LINE) -> Recipe:
     """Read a recipe file, apply overrides, resolve interpolations (`${max_duration}`, `${oc.env:HOME,null}`).
 
     Args:
         path: The YAML file.
         overrides: Items `key.sub=value`, the value in YAML; an entry of a list is named by its index
             (`teachers.0.checkpoint=x.pt`).
+        overridden: Where the overrides stand.
 
     Raises:
         RecipeError: If the file cannot be read, is not a recipe, or an override does not fit it.
@@ -81,13 +84,13 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         text = path.read_text(encoding='utf-8')
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f'{path}: cannot read the recipe: {getattr(error, "strerror", None) or error}') from error
-    recipe = Recipe(path, {})
+    recipe = Recipe(path, {}, overridden=overridden)
     data = _parse(text, str(path), recipe.lines)
     required = {'model', 'train_data', 'max_duration'}
     if not isinstance(data, dict) or not required & data.keys():
         raise RecipeError(f'{path}:1: this is no recipe: a recipe is a mapping with model, train_data and max_duration')
     for override in overrides:
-        _override(data, override, recipe.lines)
+        _override(data, override, recipe)
     recipe.config = _interpolate(recipe, data)
     return recipe
 
@@ -145,39 +148,40 @@ def _construct(loader: _Loader, node: yaml.Node, key: Key, lines: dict[Key, int 
     return loader.construct_object(node, deep=True)
 
 
-def _override(data: dict, override: str, lines: dict[Key, int | None]) -> None:
+def _override(data: dict, override: str, recipe: Recipe) -> None:
     """Set one value in place."""
+    lines, where = recipe.lines, recipe.overridden
     name, equals, text = override.partition('=')
     if not equals or not name:
-        raise RecipeError(f'{COMMAND_LINE}: an override is written key=value, not {override!r}')
+        raise RecipeError(f'{where}: an override is written key=value, not {override!r}')
     key = tuple(name.split('.'))
     try:
-        value = _parse(text, COMMAND_LINE, {})
+        value = _parse(text, where, {})
     except RecipeError as error:
-        raise RecipeError(f'{COMMAND_LINE}: {name}: {text!r} is not valid YAML') from error
+        raise RecipeError(f'{where}: {name}: {text!r} is not valid YAML') from error
     here: Any = data
     for depth, part in enumerate(key[:-1]):
-        index = _index(here, part, name)
+        index = _index(here, part, name, where)
         if isinstance(here, dict) and here.get(index) is None:
             section = key[0] if depth < 2 else None
             if section not in (SECTIONS if depth == 0 else NAMED_SECTIONS) or section == 'teachers':
-                raise RecipeError(f'{COMMAND_LINE}: {name}: no {part!r} here; {nearest(part, here or SECTIONS)}')
+                raise RecipeError(f'{where}: {name}: no {part!r} here; {nearest(part, here or SECTIONS)}')
             here[index] = {}
         here = here[index]
-    here[_index(here, key[-1], name)] = value
+    here[_index(here, key[-1], name, where)] = value
     for known in [known for known in lines if known[: len(key)] == key]:
         del lines[known]
     lines[key] = None
 
 
-def _index(here: Any, part: str, name: str) -> Any:
+def _index(here: Any, part: str, name: str, where: str) -> Any:
     """What names `part` within a mapping or a list."""
     if isinstance(here, dict):
         return part
     if not isinstance(here, list):
-        raise RecipeError(f'{COMMAND_LINE}: {name}: no {part!r} in the value {here!r}')
+        raise RecipeError(f'{where}: {name}: no {part!r} in the value {here!r}')
     if not part.isdecimal() or int(part) >= len(here):
-        raise RecipeError(f'{COMMAND_LINE}: {name}: no entry {part!r} in a list of {len(here)}; the first is 0')
+        raise RecipeError(f'{where}: {name}: no entry {part!r} in a list of {len(here)}; the first is 0')
     return int(part)
 
 

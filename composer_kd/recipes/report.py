@@ -14,10 +14,11 @@ from composer.loggers import Logger, LoggerDestination
 from composer.utils import dist
 
 from composer_kd import __version__
+from composer_kd.checkpoints import file_sha256
 from composer_kd.recipes.check import Plan
 from composer_kd.recipes.folder import write
 from composer_kd.recipes.metrics_logger import read_metrics
-from composer_kd.teachers import TeacherPool, file_sha256
+from composer_kd.teachers import TeacherPool
 
 
 class EvaluationLines(LoggerDestination):

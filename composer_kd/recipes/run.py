@@ -23,6 +23,7 @@ from composer import Trainer
 from composer.core import Engine
 from composer.utils import dist, get_device
 
+from composer_kd.data.text_files import TextError
 from composer_kd.recipes.build import build
 from composer_kd.recipes.check import Plan, check
 from composer_kd.recipes.folder import (
@@ -40,7 +41,9 @@ from composer_kd.recipes.lock import FolderLock
 from composer_kd.recipes.metrics_logger import MetricsLogger
 from composer_kd.recipes.report import EvaluationLines, lines, summarize
 from composer_kd.teachers import TeacherError
+from composer_kd.tokenization import saved_tokenizer, tokenizer_difference
 
+# NotImplementedError is how Composer refuses settings that do not go together.
 _CAUSED_BY_PEOPLE = (ValueError, OSError, ImportError, NotImplementedError, TeacherError)
 _CAUSED_BY_CHECKPOINTS = (RuntimeError, LookupError, EOFError, pickle.UnpicklingError)
 
@@ -98,7 +101,7 @@ def _train(plan: Plan, lock: FolderLock) -> dict[str, Any]:
     recipe = plan.recipe
     teachers = [_teacher_run(teacher.recipe) if teacher.recipe else None for teacher in plan.teachers]
     keywords = build(plan, [run and (run.checkpoint, run.sha256) for run in teachers])
-    folder, is_new = on_rank_zero(lambda: _claim(recipe, lock))
+    folder, is_new = on_rank_zero(lambda: _claim(recipe, lock, keywords['model']))
     try:
         trainer = _trainer(plan, keywords, folder)
     except Exception as error:
@@ -117,8 +120,9 @@ def _train(plan: Plan, lock: FolderLock) -> dict[str, Any]:
         trainer.engine.close()  # not trainer.close(), which would wait for ranks that may never come
         if is_new and trainer.state.timestamp.batch - batches <= 1 and not trainer.saved_checkpoints:
             _remove(folder)
-        if isinstance(error, TeacherError):
-            raise recipe.error(('teachers',), str(error), exit_code=1) from error
+        for kind, key in ((TeacherError, 'teachers'), (TextError, 'train_data')):
+            if isinstance(error, kind):
+                raise recipe.error((key,), str(error), exit_code=1) from error
         raise
     trainer.close()
     seconds = sum(run.seconds for run in teachers if run)
@@ -127,7 +131,7 @@ def _train(plan: Plan, lock: FolderLock) -> dict[str, Any]:
     return summary
 
 
-def _claim(recipe: Recipe, lock: FolderLock) -> tuple[Path, bool]:
+def _claim(recipe: Recipe, lock: FolderLock, model: Any) -> tuple[Path, bool]:
     """Take the folder of the run, and see whether a run that is there can go on; whether the folder is new."""
     folder, is_new = claim(recipe, lock)
     if not is_new:
@@ -141,6 +145,10 @@ def _claim(recipe: Recipe, lock: FolderLock) -> tuple[Path, bool]:
         if latest.exists() and not zipfile.is_zipfile(latest):
             todo = f'put one back that is whole, or delete {folder} to start anew'
             raise recipe.error((), f'the checkpoint {latest} is damaged; {todo}', exit_code=1)
+        reads, learned = getattr(model, 'tokenizer', None), saved_tokenizer(latest)
+        if reads and learned and (difference := tokenizer_difference(reads, learned)):
+            what = f'{folder} began with another tokenizer ({difference}), or the text that it is made from has changed'
+            raise recipe.error(('model',), f'{what}; choose another run_name')
         (folder / 'summary.json').unlink(missing_ok=True)
     return folder, is_new
 

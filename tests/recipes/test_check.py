@@ -127,6 +127,14 @@ def test_a_full_recipe(write):
             '4: teachers.0.sha256: comes from the run of `recipe`',
         ),
         (
+            'teachers:\n- {name: network, model: {name: timm}, overrides: [a=b]}\n',
+            '5: teachers.0.overrides: are for the recipe of a teacher; give a `recipe`, or remove them',
+        ),
+        (
+            'teachers:\n- name: network\n  recipe: t.yaml\n  overrides: {seed: 3}\n',
+            "7: teachers.0.overrides: must be a list of items key=value, not {'seed': 3}",
+        ),
+        (
             'teachers:\n- name: network\n  model: {name: timm}\n',
             "6: teachers.0.model: timm needs the argument 'model_name'",
         ),
@@ -212,3 +220,36 @@ def test_a_teacher_recipe_beside_its_student_or_in_the_current_folder(write, tmp
         )
         teacher = check(load(path)).teachers[0].recipe
         assert teacher is not None and teacher.trainer['seed'] == seed
+
+
+def test_overrides_of_a_teachers_recipe(write):
+    write('seed: 1\n', 'teacher.yaml')
+    text = 'teachers:\n- name: network\n  recipe: teacher.yaml\n  overrides: [model.width=6, run_name=big]\n'
+    path = write(text + 'algorithms: {knowledge_distillation: {}}\ndevice: cpu\n')
+    plan = check(load(path)).teachers[0].recipe
+    assert plan is not None and plan.model.arguments == {'num_classes': 10, 'width': 6}
+    assert (plan.recipe.config['run_name'], plan.trainer['seed'], plan.trainer['device']) == ('big', 1, 'cpu')
+    plan = check(load(path, ['teachers.0.overrides=[model.width=7]'])).teachers[0].recipe
+    assert plan is not None and plan.model.arguments['width'] == 7
+
+
+@pytest.mark.parametrize(
+    ('override', 'message'),
+    [
+        ('modle.width=6', "modle.width: no 'modle' here; did you mean 'model'?"),
+        ('model.widht=6', "model.widht: small_convnet has no argument 'widht'; did you mean 'width'?"),
+        ('model.width=six', "model.width: must be int, not 'six'"),
+        ('sead=6', "sead: a recipe has no 'sead'; did you mean 'seed'?"),
+        ('model', "an override is written key=value, not 'model'"),
+        ('model.width=[', "model.width: '[' is not valid YAML"),
+    ],
+)
+def test_mistakes_in_the_overrides_of_a_teachers_recipe(write, override, message):
+    write('seed: 1\n', 'teacher.yaml')
+    text = f'teachers:\n- name: network\n  recipe: teacher.yaml\n  overrides: ["{override}"]\n'
+    with pytest.raises(RecipeError) as error:
+        check(load(write(text)))
+    assert str(error.value) == f'x.yaml:7: teachers.0.overrides: {message}'
+    with pytest.raises(RecipeError) as error:
+        check(load('x.yaml', [f'teachers=[{{name: network, recipe: teacher.yaml, overrides: ["{override}"]}}]']))
+    assert str(error.value) == f'command line: teachers.0.overrides: {message}'

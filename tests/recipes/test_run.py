@@ -399,3 +399,22 @@ def test_own_modules_are_found_where_one_works(write, monkeypatch):
     )
     write('', 'x.yaml', HEAD)
     assert run('x.yaml', ['model={name: own_for_run.mine}', 'max_duration=1ba'])['batches'] == 1
+
+
+def test_a_recipe_teaches_itself_with_overrides(recipes, capsys):
+    """A teacher's recipe needs no file of its own, and its run is found again by the name that it is given."""
+    overrides = ['max_duration=1ba', 'teachers=[{name: network, recipe: teacher.yaml, overrides: OVERRIDES}]']
+    big, other = (
+        [item.replace('OVERRIDES', f'[model.width={width}, run_name=big]') for item in overrides] for width in (8, 9)
+    )
+    run('x.yaml', big)
+    assert 'training the teacher teacher.yaml in runs/big' in capsys.readouterr().out
+    assert weights('runs/big')['module.stage1.0.weight'].shape[0] == 8
+    state = torch.load(next(Path('runs/x/checkpoints').glob('ep*')), weights_only=False)['state']
+    assert dict(state['algorithms'])['KnowledgeDistillation']['teachers'][0]['name'] == 'big'
+    run('x.yaml', big)
+    assert 'found the teacher teacher.yaml in runs/big' in capsys.readouterr().out
+    with pytest.raises(
+        RecipeError, match=r'^command line: teachers.0.overrides: model.width: runs/big is a run of anoth'
+    ):
+        run('x.yaml', other)
