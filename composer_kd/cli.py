@@ -17,8 +17,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest='command', required=True)
     check = commands.add_parser('check', help='check recipes without data or training')
     check.add_argument('files', nargs='+', metavar='FILE')
-    arguments = parser.parse_args(argv)
-    return guarded(lambda: check_recipes(arguments.files))
+    export = commands.add_parser(
+        'export', help="write a checkpoint of a text model as Hugging Face's libraries load it"
+    )
+    export.add_argument('checkpoint', metavar='CHECKPOINT', help='a checkpoint, or the folder of a run')
+    export.add_argument('folder', metavar='DIR', help='the folder to make')
+    glue = commands.add_parser('glue', help='fine-tune a checkpoint on the tasks of GLUE, and tabulate its scores')
+    glue.add_argument('checkpoint', metavar='CHECKPOINT', help='what `model.pretrained` of a recipe takes')
+    glue.add_argument('overrides', nargs='*', metavar='key=value', help='for the recipes of all tasks')
+    glue.add_argument('--recipes', metavar='DIR', default='yamls/glue', help='default: %(default)s')
+    glue.add_argument('--tasks', metavar='TASK,...', help='default: all eight', type=lambda names: names.split(','))
+    glue.add_argument('--seeds', metavar='N', type=int, default=5, help='of each small task; default: %(default)s')
+    glue.add_argument('--jobs', metavar='N', type=int, help='runs at the same time; default: one for each GPU')
+    glue.add_argument('--runs-dir', metavar='DIR', default='runs', help='default: %(default)s')
+    glue.add_argument('--kd', action='store_true', help='run the recipes that distill, <task>_kd.yaml')
+    arguments, rest = parser.parse_known_args(argv)
+    # Overrides that stand behind an option are left over.
+    if unknown := [item for item in rest if arguments.command != 'glue' or item.startswith('-')]:
+        parser.error(f'unrecognized arguments: {" ".join(unknown)}')
+    work = {
+        'check': lambda: check_recipes(arguments.files),
+        'export': lambda: export_checkpoint(arguments.checkpoint, arguments.folder),
+        'glue': lambda: run_glue(arguments, [*arguments.overrides, *rest]),
+    }
+    return guarded(work[arguments.command])
 
 
 def check_recipes(files: Sequence[str]) -> None:
@@ -28,6 +50,34 @@ def check_recipes(files: Sequence[str]) -> None:
     for file in files:
         check(load(file))
         print(f'ok {file}')
+
+
+def export_checkpoint(checkpoint: str, folder: str) -> None:
+    """Export a checkpoint; says what loads it."""
+    from composer_kd.export import export
+    from composer_kd.recipes import RecipeError
+
+    try:
+        loader = export(checkpoint, folder)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise RecipeError(str(error), exit_code=1) from error
+    print(f'{folder}: {loader}.from_pretrained and AutoTokenizer.from_pretrained load it')
+
+
+def run_glue(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
+    """Fine-tune a checkpoint on GLUE."""
+    from composer_kd.glue import glue
+
+    glue(
+        arguments.checkpoint,
+        recipes=arguments.recipes,
+        tasks=arguments.tasks or (),
+        seeds=arguments.seeds,
+        jobs=arguments.jobs,
+        runs_dir=arguments.runs_dir,
+        distilled=arguments.kd,
+        overrides=overrides,
+    )
 
 
 def run_recipe(file: str, overrides: Sequence[str]) -> int:
