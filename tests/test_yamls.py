@@ -6,27 +6,68 @@ from pathlib import Path
 import pytest
 import yaml
 
+from composer_kd.models import masked_lm
 from composer_kd.recipes import check, load, run
-from helpers import make_imagefolder
+from helpers import TINY_BERT, make_imagefolder, make_vocabulary
 
 YAMLS = sorted((Path(__file__).parents[1] / 'yamls').glob('*.yaml'))
 NAMES = [path.stem for path in YAMLS]
 DISTILLATION = {'knowledge_distillation', 'teacher_sampling', 'early_stop_distillation'}
 
+WORDS = ('cat', 'dog', 'bird', 'fish')
+BERT = TINY_BERT | {'max_position_embeddings': 128}
+SMALL_BERT = [f'model.config.{name}={value}' for name, value in BERT.items()]
 SHRUNK = {
     'digits': ['train_data.batch_size=32'],
     'fashion': ['train_data={name: fashion_mnist, split: train, batch_size: 32, synthetic: true, subset: 64}'],
+    'bert_docs': [*SMALL_BERT, 'train_data.batch_size=8'],
+    'bert_text': [*SMALL_BERT, 'train_data.batch_size=8', 'model.tokenizer=vocab.txt'],
+    'bert_mlm': [
+        *SMALL_BERT,
+        'model.tokenizer=vocab.txt',
+        'precision=fp32',
+        'device_train_microbatch_size=4',
+        'train_data.batch_size=8',
+        'train_data.num_workers=0',
+    ],
+    'text_classification': ['train_data.batch_size=4', 'model.pretrained=pretrained'],
     'resnet50': ['train_data.batch_size=4', 'train_data.crop_size=64', 'train_data.num_workers=0', 'precision=fp32'],
 }
 
 
 def shrunk(path: Path) -> list[str]:
     config = load(path).config
-    overrides = SHRUNK[path.stem.split('_')[0]] + ['max_duration=2ba', 'eval_data=null']
-    for index, teacher in enumerate(config.get('teachers') or []):
-        if 'model' in teacher:  # without a network there are no published weights
+    family = next(family for family in SHRUNK if path.stem.startswith(family))
+    overrides = SHRUNK[family] + ['max_duration=2ba', 'eval_data=null', 'eval_interval=1']
+    if 'linear_with_warmup' in config['schedulers']:
+        overrides.append('schedulers.linear_with_warmup.t_warmup=1ba')
+    for index, teacher in enumerate(config.get('teachers') or []):  # without a network there are no published weights
+        if 'weights' in teacher.get('model', {}):
             overrides.append(f'teachers.{index}.model.weights=null')
+        if 'pretrained' in teacher.get('model', {}):
+            overrides.append(f'teachers.{index}.model.pretrained=pretrained')
     return overrides
+
+
+def local_data(folder: Path, monkeypatch) -> None:
+    """What the recipes read, small and made up, where their environment variables say."""
+    make_imagefolder(folder / 'imagenet', classes=2, per_class=8)
+    make_vocabulary(folder / 'vocab.txt')
+    lines = [f'the {noun} {verb} a {other}' for noun in WORDS for verb in WORDS for other in WORDS]
+    (folder / 'c4').mkdir()
+    (folder / 'c4' / 'c4-train.00000-of-00001.json').write_text(''.join(f'{{"text": "{x}"}}\n' for x in lines))
+    (folder / 'c4' / 'c4-validation.00000-of-00001.json').write_text(f'{{"text": "{lines[0]}"}}\n')
+    (folder / 'text.txt').write_text('\n'.join(lines))
+    for name in ('train', 'validation'):
+        rows = ''.join(f'{line}\t{index % 2}\n' for index, line in enumerate(lines[:16]))
+        (folder / f'{name}.tsv').write_text(f'sentence\tlabel\n{rows}')
+    monkeypatch.setenv('IMAGENET_DIR', str(folder / 'imagenet'))
+    monkeypatch.setenv('C4_DIR', str(folder / 'c4'))
+    for name in ('TEXT', 'TRAIN_FILE', 'VALIDATION_FILE'):
+        monkeypatch.delenv(name, raising=False)
+    model = masked_lm(config=BERT, tokenizer=str(folder / 'vocab.txt'))
+    model.model.save_pretrained(folder / 'pretrained')
+    model.tokenizer.save_pretrained(folder / 'pretrained')
 
 
 @pytest.mark.parametrize('path', YAMLS, ids=NAMES)
@@ -38,8 +79,7 @@ def test_checks(path):
 @pytest.mark.parametrize('path', YAMLS, ids=NAMES)
 def test_trains_two_batches(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    make_imagefolder(tmp_path / 'imagenet', classes=2, per_class=8)
-    monkeypatch.setenv('IMAGENET_DIR', str(tmp_path / 'imagenet'))
+    local_data(tmp_path, monkeypatch)
     recipe = tmp_path / 'yamls' / path.name
     recipe.parent.mkdir()
     recipe.write_text(path.read_text())
