@@ -15,3 +15,5 @@ types:
 
 bench:
 	OMP_NUM_THREADS=1 uv run --group peers python benchmarks/step_time.py
+	OMP_NUM_THREADS=1 uv run --group peers python benchmarks/step_time_bert.py
+	OMP_NUM_THREADS=1 uv run --group peers python benchmarks/lm_loss.py

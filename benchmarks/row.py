@@ -14,7 +14,18 @@ import torch
 
 from composer_kd import __version__
 
-_PACKAGES = ('mosaicml', 'torch', 'torchvision', 'torchdistill', 'textbrewer', 'nvidia-modelopt', 'timm')
+_PACKAGES = (
+    'mosaicml',
+    'torch',
+    'torchvision',
+    'transformers',
+    'torchdistill',
+    'textbrewer',
+    'nvidia-modelopt',
+    'timm',
+    'liger-kernel',
+    'trl',
+)
 
 
 def row(benchmark: str, **figures: Any) -> str:

@@ -18,7 +18,7 @@ import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -60,18 +60,19 @@ class Setting:
 class Batches:
     """Hands out batches for a number of steps and one more, and times the steps from the first batch to the last."""
 
-    def __init__(self, batches: list[tuple[torch.Tensor, torch.Tensor]], steps: int):
+    def __init__(self, batches: list[Any], steps: int, on_gpu: bool):
         self.batches = batches
         self.steps = steps
+        self.on_gpu = on_gpu
         self.times: list[tuple[float, float]] = []
 
     def __len__(self) -> int:
         return self.steps + 1
 
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def __iter__(self) -> Iterator[Any]:
         for number in range(len(self)):
             if number in (0, self.steps):
-                if self.batches[0][0].is_cuda:
+                if self.on_gpu:
                     torch.cuda.synchronize()
                 self.times.append((time.perf_counter(), time.process_time()))
             yield self.batches[number % len(self.batches)]
@@ -83,6 +84,7 @@ class Batches:
 
 
 Train = Callable[[Batches], object]  # does one step with every batch
+Build = Callable[[Setting], tuple[nn.Module, Train]]
 
 
 def sgd(student: nn.Module) -> torch.optim.SGD:
@@ -118,6 +120,14 @@ def teacher_forward(setting: Setting) -> tuple[nn.Module, Train]:
     return student, train
 
 
+def loss_by_hand(logits: torch.Tensor, teacher_logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Both losses as one writes them."""
+    log_q = F.log_softmax(logits / TEMPERATURE, dim=-1)
+    p = F.softmax(teacher_logits / TEMPERATURE, dim=-1)
+    kd_loss = F.kl_div(log_q, p, reduction='batchmean') * TEMPERATURE**2
+    return LABEL_WEIGHT * F.cross_entropy(logits, labels) + KD_WEIGHT * kd_loss
+
+
 def plain_loop(setting: Setting) -> tuple[nn.Module, Train]:
     """Distillation as one writes it by hand."""
     student, teacher = setting.networks()
@@ -129,10 +139,7 @@ def plain_loop(setting: Setting) -> tuple[nn.Module, Train]:
                 with torch.no_grad():
                     teacher_logits = teacher(images)
                 logits = student(images)
-                log_q = F.log_softmax(logits / TEMPERATURE, dim=-1)
-                p = F.softmax(teacher_logits / TEMPERATURE, dim=-1)
-                kd_loss = F.kl_div(log_q, p, reduction='batchmean') * TEMPERATURE**2
-                loss = LABEL_WEIGHT * F.cross_entropy(logits, labels) + KD_WEIGHT * kd_loss
+                loss = loss_by_hand(logits, teacher_logits, labels)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -154,7 +161,7 @@ def composer(setting: Setting, *algorithms: KnowledgeDistillation) -> tuple[nn.M
         spin_dataloaders=False,
         progress_bar=False,
     )
-    return student.module, lambda batches: trainer.fit(train_dataloader=batches, duration='1ep')
+    return student, lambda batches: trainer.fit(train_dataloader=batches, duration='1ep')
 
 
 def composer_student(setting: Setting) -> tuple[nn.Module, Train]:
@@ -302,11 +309,13 @@ OURS = (student_step, teacher_forward, plain_loop, composer_student, composer_kd
 PEERS = (torchdistill, textbrewer, modelopt, timm)
 TWINS = {
     'composer_student': 'student_step',
+    'dense_loop': 'plain_loop',  # of step_time_bert.py
     **dict.fromkeys(('composer_kd', *(p.__name__ for p in PEERS)), 'plain_loop'),
 }
 RATIOS = {
     **{f'{name} / {twin}': ([name], [twin]) for name, twin in TWINS.items()},
     'composer_kd / (composer_student + teacher_forward)': (['composer_kd'], ['composer_student', 'teacher_forward']),
+    'composer_kd / dense_loop': (['composer_kd'], ['dense_loop']),
     'plain_loop / (student_step + teacher_forward)': (['plain_loop'], ['student_step', 'teacher_forward']),
 }
 
@@ -314,21 +323,21 @@ RATIOS = {
 class Variant:
     """One that takes its turns."""
 
-    def __init__(self, build: Callable[[Setting], tuple[nn.Module, Train]], setting: Setting):
+    def __init__(self, build: Build, setting: Setting):
         self.student, self.train = build(setting)
+        self.on_gpu = setting.device.type == 'cuda'
         self.seconds: list[tuple[float, float]] = []  # of a step in each round: by the clock, and of the CPU
         self.memory = 0  # bytes of the device that its steps need for a while
 
-    def turn(self, batches: list[tuple[torch.Tensor, torch.Tensor]], steps: int) -> None:
+    def turn(self, batches: list[Any], steps: int) -> None:
         """Train for a while."""
-        on_gpu = batches[0][0].is_cuda
-        resident = torch.cuda.memory_allocated() if on_gpu else 0
-        if on_gpu:
+        resident = torch.cuda.memory_allocated() if self.on_gpu else 0
+        if self.on_gpu:
             torch.cuda.reset_peak_memory_stats()
-        clock = Batches(batches, steps)
+        clock = Batches(batches, steps, self.on_gpu)
         self.train(clock)
         self.seconds.append(clock.seconds())
-        self.memory = torch.cuda.max_memory_allocated() - resident if on_gpu else 0
+        self.memory = torch.cuda.max_memory_allocated() - resident if self.on_gpu else 0
 
     def weights(self) -> tuple[torch.Tensor, torch.Tensor]:
         """All that training changes: the parameters, and the running statistics of normalization."""
@@ -378,26 +387,47 @@ def main() -> None:
     settle(teacher.module, batches[0][0])
 
     setting = Setting(student, teacher, arguments.batch_size, device)
-    start = Variant(student_step, setting).weights()
-    variants = {}
-    for build in (*OURS, *PEERS):
-        name = build.__name__
-        if build in PEERS and not installed(name):
-            print(f'{name} is not installed, or too old: left out')
+    builds = list(OURS)
+    for build in PEERS:
+        if installed(build.__name__):
+            builds.append(build)
         else:
-            variants[name] = Variant(build, setting)
+            print(f'{build.__name__} is not installed, or too old: left out')
+    title = (
+        f'{arguments.student} from {arguments.teacher}, '
+        f'{arguments.batch_size} x {arguments.image_size} x {arguments.image_size}'
+    )
+    measure('step_time', title, builds, setting, batches, arguments)
+
+
+def measure(
+    benchmark: str,
+    title: str,
+    builds: Sequence[Build],
+    setting: Setting,
+    batches: list[Any],
+    arguments: argparse.Namespace,
+) -> None:
+    """Let all take turns, and report; the first of `builds` tells where all start."""
+    start = Variant(builds[0], setting).weights()
+    variants = {build.__name__: Variant(build, setting) for build in builds}
+    gaps: dict[str, float] = {}
     gc.disable()
     for number in range(arguments.rounds + 1):
-        shift = number % len(variants)
-        order = [*variants.values()][shift:] + [*variants.values()][:shift]
-        for variant in order if number % 2 else reversed(order):
+        for variant in rotated([*variants.values()], number):
             variant.turn(batches, arguments.steps if number else 1)
         gc.collect()
         if number == 0:  # was to warm up, and is short because rounding errors grow
             gaps = compare(variants, start)
             for variant in variants.values():
                 variant.seconds.clear()
-    report(arguments, variants, gaps)
+    report(benchmark, title, arguments, variants, gaps)
+
+
+def rotated(items: list[Any], number: int) -> list[Any]:
+    """In the order of a round: another one than in the last."""
+    shift = number % len(items)
+    return (items[shift:] + items[:shift])[:: 1 if number % 2 else -1]
 
 
 def keep_freed_memory() -> None:
@@ -431,51 +461,59 @@ def installed(peer: str) -> bool:
     )
 
 
-def report(arguments: argparse.Namespace, variants: dict[str, Variant], gaps: dict[str, float]) -> None:
+def report(
+    benchmark: str, title: str, arguments: argparse.Namespace, variants: dict[str, Variant], gaps: dict[str, float]
+) -> None:
     """Print a table, and the line of JSON."""
     on_gpu = arguments.device == 'cuda'
     print(
-        f'\n{arguments.student} from {arguments.teacher}, {arguments.batch_size} x {arguments.image_size} x '
-        f'{arguments.image_size}, {arguments.device}, {torch.get_num_threads()} threads: '
+        f'\n{title}, {arguments.device}, {torch.get_num_threads()} threads: '
         f'medians of {arguments.rounds} rounds of {arguments.steps} steps'
     )
     print(f'\n{"": <20}{"s/step": >10}{"CPU s": >10}{"GiB": >10}{"weights differ by": >20}')
-    seconds = {
-        name: [statistics.median(times) for times in zip(*v.seconds, strict=True)] for name, v in variants.items()
-    }
+    seconds = {name: variant.seconds for name, variant in variants.items()}
     memory = {name: round(variant.memory / 2**30, 3) if on_gpu else None for name, variant in variants.items()}
-    for name, (wall, cpu) in seconds.items():
+    for name, (wall, cpu) in medians(seconds).items():
         gap = f'{gaps[name]:.1e} of the way' if name in gaps else ''
         print(f'{name: <20}{wall: >10.4f}{cpu: >10.4f}{memory[name] or "": >10}{gap: >20}')
+    present = {name: sides for name, sides in RATIOS.items() if set(sides[0] + sides[1]) <= set(variants)}
+    figures = compare_times(seconds, present)
+    print(row(benchmark, **figures, peak_memory_gib=memory, gaps=gaps, setting=vars(arguments)))
+
+
+Seconds = dict[str, list[tuple[float, float]]]  # of each in every round: by the clock, and of the CPU
+
+
+def medians(seconds: Seconds) -> dict[str, tuple[float, float]]:
+    """Of the rounds."""
+    return {
+        name: (statistics.median(w for w, _ in s), statistics.median(c for _, c in s)) for name, s in seconds.items()
+    }
+
+
+def compare_times(seconds: Seconds, ratios: dict[str, tuple[list[str], list[str]]]) -> dict[str, Any]:
+    """Print ratios of sums, medians over the rounds; and give them, with all that a row says of time."""
     print(f'\n{"ratio": <52}{"by the clock": >14}{"quartiles": >18}{"CPU time": >12}')
-    ratios, quartiles, cpu_ratios = {}, {}, {}
-    for name, (above, below) in RATIOS.items():
-        if set(above + below) <= set(variants):
-            walls, cpus = (
-                [
-                    sum(variants[a].seconds[turn][clock] for a in above)
-                    / sum(variants[b].seconds[turn][clock] for b in below)
-                    for turn in range(arguments.rounds)
-                ]
-                for clock in (0, 1)
-            )
-            ratios[name], cpu_ratios[name] = round(statistics.median(walls), 4), round(statistics.median(cpus), 4)
-            low, _, high = statistics.quantiles(walls, n=4, method='inclusive')
-            quartiles[name] = [round(low, 4), round(high, 4)]
-            print(f'{name: <52}{ratios[name]: >14.3f}{f"{low:.3f} - {high:.3f}": >18}{cpu_ratios[name]: >12.3f}')
-    print()
-    print(
-        row(
-            'step_time',
-            ratios=ratios,
-            quartiles=quartiles,
-            cpu_time_ratios=cpu_ratios,
-            seconds={name: round(wall, 6) for name, (wall, _) in seconds.items()},
-            peak_memory_gib=memory,
-            gaps=gaps,
-            setting=vars(arguments),
+    found, quartiles, cpu_found = {}, {}, {}
+    for name, (above, below) in ratios.items():
+        walls, cpus = (
+            [
+                sum(seconds[a][turn][clock] for a in above) / sum(seconds[b][turn][clock] for b in below)
+                for turn in range(len(seconds[above[0]]))
+            ]
+            for clock in (0, 1)
         )
-    )
+        found[name], cpu_found[name] = round(statistics.median(walls), 4), round(statistics.median(cpus), 4)
+        low, _, high = statistics.quantiles(walls, n=4, method='inclusive')
+        quartiles[name] = [round(low, 4), round(high, 4)]
+        print(f'{name: <52}{found[name]: >14.3f}{f"{low:.3f} - {high:.3f}": >18}{cpu_found[name]: >12.3f}')
+    print()
+    return {
+        'ratios': found,
+        'quartiles': quartiles,
+        'cpu_time_ratios': cpu_found,
+        'seconds': {name: round(wall, 6) for name, (wall, _) in medians(seconds).items()},
+    }
 
 
 def options() -> argparse.Namespace:

@@ -1,15 +1,18 @@
 """What distillation gains, and what it costs: a recipe and its distilled twin, side by side over several seeds.
 
     python benchmarks/twins.py yamls/digits.yaml yamls/digits_kd.yaml [--seeds 5] [--quick] [key=value ...]
+    python benchmarks/twins.py yamls/bert_text.yaml yamls/bert_text_kd.yaml --then yamls/text_classification.yaml
 
 Every run is started as a person would start it, by Composer's launcher, one after another. Runs that are finished
-already are read, not repeated; one that was interrupted goes on. Overrides are for both recipes.
+already are read, not repeated; one that was interrupted goes on. Overrides are for both recipes. With `--then`, every
+run is fine-tuned by a third recipe, and what is compared is the quality after that.
 """
 
 import argparse
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -27,15 +30,22 @@ def main() -> None:
     baseline, distilled = arguments.baseline.stem, arguments.distilled.stem
     seeds = [*range(FIRST_SEED, FIRST_SEED + arguments.seeds)]
     runs: dict[str, list[dict[str, Any]]] = {baseline: [], distilled: []}
+    judged: dict[str, list[dict[str, Any]]] = {baseline: [], distilled: []}
     try:
         for seed in seeds:
             # Each goes first in turn: whatever else the machine has to do meanwhile is nobody's gain.
             for path in (arguments.baseline, arguments.distilled)[:: 1 if seed % 2 else -1]:
-                runs[path.stem].append(finish(path, seed, arguments))
+                run = finish(path, f'{path.stem}-seed{seed}', seed, arguments, arguments.overrides)
+                runs[path.stem].append(run)
+                if arguments.then:
+                    start = [f'model.pretrained={arguments.runs_dir}/{run["run_name"]}']
+                    name = f'{run["run_name"]}-{arguments.then.stem}'
+                    run = finish(arguments.then, name, seed, arguments, start)
+                judged[path.stem].append(run)
     except RecipeError as error:
         raise SystemExit(str(error)) from error
 
-    quality = {name: [quality_of(run, arguments.metric) for run in done] for name, done in runs.items()}
+    quality = {name: [quality_of(run, arguments.metric) for run in done] for name, done in judged.items()}
     seconds = {name: [run['train_seconds'] for run in done] for name, done in runs.items()}
     difference = median(quality[distilled]) - median(quality[baseline])
     ratio = median(seconds[distilled]) / median(seconds[baseline])
@@ -54,6 +64,7 @@ def main() -> None:
     figures = {
         'ratios': {f'training time, {distilled} / {baseline}': round(ratio, 4)},
         'metric': arguments.metric,
+        'then': str(arguments.then) if arguments.then else None,
         'difference': round(difference, 6),
         'quality': quality,
         'train_seconds': seconds,
@@ -68,14 +79,9 @@ def main() -> None:
     print(row('twins', **figures))
 
 
-def finish(path: Path, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
+def finish(path: Path, name: str, seed: int, arguments: argparse.Namespace, overrides: Sequence[str]) -> dict[str, Any]:
     """The summary of a run, which is started unless it is finished already."""
-    overrides = [
-        *arguments.overrides,
-        f'seed={seed}',
-        f'run_name={path.stem}-seed{seed}',
-        f'runs_dir={arguments.runs_dir}',
-    ]
+    overrides = [*overrides, f'seed={seed}', f'run_name={name}', f'runs_dir={arguments.runs_dir}']
     if arguments.quick:
         overrides += quick(path)
     recipe = check(load(path, overrides)).recipe
@@ -132,6 +138,7 @@ def options() -> argparse.Namespace:
     parser.add_argument('overrides', nargs='*', metavar='key=value', help='for both recipes')
     parser.add_argument('--seeds', type=int, help='how many; default: 5')
     parser.add_argument('--metric', default='metrics/eval/MulticlassAccuracy', help='default: %(default)s')
+    parser.add_argument('--then', type=Path, metavar='RECIPE.yaml', help='fine-tune every run by it, and compare that')
     parser.add_argument('--runs-dir', help='default: runs, with --quick runs/quick')
     parser.add_argument('--plot', metavar='FILE.png', help='draw the metric of every run')
     parser.add_argument('--quick', action='store_true', help='one seed, two batches: see that it works')

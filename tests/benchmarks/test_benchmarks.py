@@ -1,3 +1,4 @@
+import importlib.util
 import json
 import math
 import os
@@ -31,16 +32,21 @@ def check(output: str, benchmark: str) -> dict:
     return row
 
 
-def test_step_time():
+def quick(benchmark: str, *arguments: str) -> tuple[str, dict]:
+    """A script's output, and its last line."""
     done = subprocess.run(
-        [sys.executable, ROOT / 'benchmarks' / 'step_time.py', '--quick', '--device', 'cpu'],
+        [sys.executable, ROOT / 'benchmarks' / f'{benchmark}.py', '--quick', '--device', 'cpu', *arguments],
         capture_output=True,
         text=True,
         env={**os.environ, 'OMP_NUM_THREADS': '1'},
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    row = check(done.stdout, 'step_time')
+    return done.stdout, check(done.stdout, benchmark)
+
+
+def test_step_time():
+    _, row = quick('step_time')
     assert {'composer_kd / plain_loop', 'composer_kd / (composer_student + teacher_forward)'} <= set(row['ratios'])
     # The Trainer does what the plain loops do, to the last bit.
     assert row['gaps']['composer_student'] == row['gaps']['composer_kd'] == 0
@@ -68,6 +74,46 @@ def test_step_time_has_no_result_for_other_work(monkeypatch):
         step_time.compare(variants, start)
 
 
+def test_step_time_bert():
+    _, row = quick('step_time_bert')
+    assert {'composer_kd / dense_loop', 'composer_kd / (composer_student + teacher_forward)'} <= set(row['ratios'])
+    # Chunks and the choice of positions change nothing but rounding.
+    assert row['gaps'].keys() == {'dense_loop', 'composer_student', 'composer_kd'}
+    assert max(row['gaps'].values()) < 1e-4
+
+
+@pytest.mark.parametrize('masked', [0.15, 1.0])
+def test_lm_loss(masked):
+    output, row = quick('lm_loss', '--masked', str(masked), '--chunk-size', '16')
+    assert 'ours / dense_then_select' in row['ratios'] and row['setting']['masked'] == masked
+    for peer, variant in (('trl', 'trl'), ('liger_kernel', 'liger')):
+        left_out = importlib.util.find_spec(peer) is None
+        assert left_out == (f'{peer} is not installed: left out' in output) == (variant not in row['seconds'])
+    if Path('/proc/self/clear_refs').exists():
+        # All logits at once are 4 MiB a network; chunks of them are a small part of that, whatever is added to it.
+        peaks = row['peak_memory_mib']
+        assert 0.5 < peaks['ours'] < peaks['dense_then_select'] / 2 and peaks['dense'] > 12
+    else:
+        assert row['peak_memory_mib'] == row['memory_ratios'] == {}
+
+
+def test_lm_loss_has_no_result_for_other_work(monkeypatch):
+    import lm_loss
+
+    torch.manual_seed(0)
+    student, teacher = (lm_loss.Head.random(20, 8, 50, 'cpu') for _ in range(2))
+    for x in vars(student).values():
+        x.requires_grad_()
+    labels = torch.where(torch.arange(20) % 3 == 0, torch.arange(20), -100)
+    problem = lm_loss.Problem(student, teacher, labels, chunk_size=4)
+    results = {loss.__name__: lm_loss.step(loss, problem) for loss in lm_loss.LOSSES}
+    assert max(lm_loss.compare(results).values()) < 1e-5
+    monkeypatch.setattr(lm_loss, 'TEMPERATURE', 2.1)
+    results['ours'] = lm_loss.step(lm_loss.ours, problem)
+    with pytest.raises(SystemExit, match='ours does other work than dense_then_select: loss or gradients differ by'):
+        lm_loss.compare(results)
+
+
 def test_twins(tmp_path, monkeypatch, capsys):
     script, yamls = ROOT / 'benchmarks' / 'twins.py', ROOT / 'yamls'
     monkeypatch.setenv('OMP_NUM_THREADS', '1')
@@ -93,3 +139,32 @@ def test_twins(tmp_path, monkeypatch, capsys):
         twins('optimizer.lr=0.2')
     with pytest.raises(SystemExit, match='has no metrics/eval/F1; --metric can be: metrics/eval/'):
         twins('--metric', 'metrics/eval/F1')
+
+
+@pytest.mark.filterwarnings('ignore:The warmup duration is 0', 'ignore:.*lr_scheduler.step:UserWarning')
+def test_twins_that_are_fine_tuned(tmp_path, monkeypatch, capsys):
+    script, yamls = ROOT / 'benchmarks' / 'twins.py', ROOT / 'yamls'
+    table = tmp_path / 'table.tsv'
+    table.write_text('sentence\tlabel\n' + 'this is good\t1\nthis is bad\t0\n' * 32)
+    monkeypatch.setenv('TRAIN_FILE', str(table))
+    monkeypatch.setenv('VALIDATION_FILE', str(table))
+    copy = tmp_path / 'copy.yaml'  # a twin that needs no teacher
+    copy.write_text((yamls / 'bert_docs.yaml').read_text())
+    small = ['model.config.hidden_size=16', 'model.config.intermediate_size=32', 'train_data.batch_size=4']
+    overrides = ['max_duration=2ba', 'seed=17', f'runs_dir={tmp_path}']
+    accuracy = {}
+    for recipe in (yamls / 'bert_docs.yaml', copy):
+        run(recipe, [*small, *overrides, f'run_name={recipe.stem}-seed17'])
+        tuned = [
+            f'model.pretrained={tmp_path}/{recipe.stem}-seed17',
+            f'run_name={recipe.stem}-seed17-text_classification',
+        ]
+        summary = run(yamls / 'text_classification.yaml', [*tuned, *overrides])
+        accuracy[recipe.stem] = [summary['metrics']['metrics/eval/MulticlassAccuracy']]
+    command = [script, yamls / 'bert_docs.yaml', copy, *small, '--quick', '--then', yamls / 'text_classification.yaml']
+    monkeypatch.setattr(sys, 'argv', [*map(str, command), '--runs-dir', str(tmp_path)])
+    capsys.readouterr()
+    runpy.run_path(str(script), run_name='__main__')
+    row = check(capsys.readouterr().out, 'twins')
+    assert row['quality'] == accuracy
+    assert row['then'].endswith('text_classification.yaml')
