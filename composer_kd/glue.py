@@ -19,9 +19,10 @@ from typing import Any, TextIO
 import torch
 
 from composer_kd.checkpoints import file_sha256, find_checkpoint
+from composer_kd.files import write
 from composer_kd.models.pretrained import read_pretrained
 from composer_kd.recipes import RecipeError, check, load
-from composer_kd.recipes.folder import differences, finished_run, run_folder, write, written_recipe
+from composer_kd.recipes.folder import differences, finished_run, run_folder, written_recipe
 from composer_kd.recipes.load import Recipe, nearest
 from composer_kd.recipes.lock import FolderLock
 from composer_kd.tokenization import load_tokenizer

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -11,6 +10,7 @@ from typing import Any, TypeVar
 import yaml
 from composer.utils import dist
 
+from composer_kd.files import write
 from composer_kd.recipes.load import Recipe, RecipeError
 from composer_kd.recipes.lock import FolderLock
 
@@ -64,7 +64,7 @@ def check_name(recipe: Recipe) -> None:
         RecipeError: If it is taken.
     """
     folder = run_folder(recipe)
-    if recipe.config.get('run_name') and folder.exists() and not _goes_on(recipe):
+    if recipe.config.get('run_name') and folder.exists() and not (_goes_on(recipe) or _is_left_over(folder)):
         todo = 'choose another run_name, or go on with that run by autoresume=true'
         raise recipe.error(('run_name',), f'{folder} is there already; {todo}')
 
@@ -93,7 +93,7 @@ def claim(recipe: Recipe, lock: FolderLock) -> tuple[Path, bool]:
         if folder == own and _goes_on(recipe):
             return folder, False
         try:
-            folder.mkdir()
+            folder.mkdir(exist_ok=_is_left_over(folder))
             write_recipe(recipe, folder)
         except FileExistsError:
             check_name(recipe)
@@ -127,7 +127,7 @@ def finished_run(recipe: Recipe) -> dict[str, Any] | None:
         RecipeError: If its folder holds the run of another recipe, lost its checkpoint, or is damaged.
     """
     folder = run_folder(recipe)
-    if not folder.exists():
+    if not folder.exists() or _is_left_over(folder):
         return None
     todo = f'delete {folder}, or give {recipe.path} another run_name'
     if not (folder / 'recipe.yaml').is_file():
@@ -141,7 +141,7 @@ def finished_run(recipe: Recipe) -> dict[str, Any] | None:
         return None
     summary = _read(recipe, path, json.loads, f'delete {path}, and it is written anew', _OF_A_TEACHER)
     if summary['checkpoint'] is None or not (folder / summary['checkpoint']).is_file():
-        raise recipe.error((), f'the checkpoint of {folder} is gone; {todo}')
+        raise recipe.error((), f'the checkpoint of {folder} is gone; put it back, or delete {folder}')
     return summary
 
 
@@ -153,14 +153,9 @@ def differences(one: Any, other: Any, key: str = '') -> list[str]:
     return [] if one == other else [key]
 
 
-def write(path: Path, text: str) -> None:
-    """Write a file as a whole or not at all."""
-    beside = path.with_name(f'.{path.name}.tmp')
-    with beside.open('w', encoding='utf-8') as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
+def _is_left_over(folder: Path) -> bool:
+    """Whether a process that was killed had made the folder, and no more."""
+    return folder.is_dir() and all(path.name == '.recipe.yaml.tmp' for path in folder.iterdir())
 
 
 def _goes_on(recipe: Recipe) -> bool:
