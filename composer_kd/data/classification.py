@@ -16,7 +16,8 @@ from composer_kd.data.loader import LoaderOptions, check_split, data_spec, shows
 from composer_kd.data.tables import Row, read_table
 from composer_kd.data.tensor_images import whole_batch
 from composer_kd.data.text_files import TextError
-from composer_kd.tokenization import Tokenizer, load_tokenizer
+from composer_kd.data.views import Key, as_keys
+from composer_kd.tokenization import Tokenizer, load_tokenizer, tokenizer_digest
 
 _MULTIPLE = 8  # of which lengths are, for the sake of tensor cores
 _AT_ONCE = 10_000
@@ -38,6 +39,8 @@ class LabelledTexts(Dataset):
         ValueError: `max_length` leaves no room for text.
     """
 
+    has_views = False
+
     def __init__(
         self, examples: Iterable[Example], tokenizer: PreTrainedTokenizerFast, *, max_length: int, num_labels: int
     ):
@@ -56,26 +59,31 @@ class LabelledTexts(Dataset):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+    def identity(self) -> dict[str, Any]:
+        """See `GivesViews`."""
+        return {'max_length': self.max_length, 'tokenizer': tokenizer_digest(self.tokenizer)}
+
+    def __getitem__(self, index: int | Key) -> dict[str, torch.Tensor]:
         """One example, padded."""
         return {name: value[0] for name, value in self.__getitems__([index]).items()}
 
-    def __getitems__(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
+    def __getitems__(self, indices: Sequence[int | Key]) -> dict[str, torch.Tensor]:
         """A batch: `input_ids`, `attention_mask`, `token_type_ids` of pairs, all (batch, length), and `labels`."""
-        spans = [slice(self._starts[index], self._starts[index + 1]) for index in indices]
+        rows = as_keys(indices)[:, 0]
+        spans = [slice(self._starts[row], self._starts[row + 1]) for row in rows]
         longest = max(span.stop - span.start for span in spans)
         shape = (len(spans), min(math.ceil(longest / _MULTIPLE) * _MULTIPLE, self.max_length))
         tokens = np.full(shape, self.tokenizer.pad_token_id or 0)
         mask, types = np.zeros(shape, np.int64), np.full(shape, self.tokenizer.pad_token_type_id)
-        for row, span in enumerate(spans):
+        for place, span in enumerate(spans):
             length = span.stop - span.start
-            tokens[row, :length] = self._tokens[span]
-            types[row, :length] = self._types[span]
-            mask[row, :length] = 1
+            tokens[place, :length] = self._tokens[span]
+            types[place, :length] = self._types[span]
+            mask[place, :length] = 1
         batch = {'input_ids': torch.from_numpy(tokens), 'attention_mask': torch.from_numpy(mask)}
         if self._tells_apart:
             batch['token_type_ids'] = torch.from_numpy(types)
-        return batch | {'labels': self.labels[torch.tensor(indices)]}
+        return batch | {'labels': self.labels[torch.from_numpy(rows)]}
 
     def _tokenize(self, texts: list[str], pairs: list[str] | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """All tokens in a row, their types, and where each example begins; the end of the last one is added."""

@@ -12,9 +12,10 @@ from torchvision.transforms import CenterCrop, Compose, RandomHorizontalFlip, Ra
 from torchvision.transforms.functional import pil_to_tensor
 from typing_extensions import Unpack
 
-from composer_kd.data.loader import LoaderOptions, check_split, data_spec, shows_loader_options
+from composer_kd.data.loader import LoaderOptions, check_split, check_views, data_spec, shows_loader_options
 from composer_kd.data.normalization import Normalize, NormalizeBatch
 from composer_kd.data.tensor_images import TensorImages, random_images, whole_batch
+from composer_kd.data.views import ReplayableViews
 
 _CLASSES = 1000
 _SAMPLES = {'train': 1_281_167, 'val': 50_000}
@@ -31,6 +32,8 @@ def imagenet(
     normalize_on: Literal['device', 'host'] = 'device',
     channels_last: bool = False,
     synthetic: bool = False,
+    views: int | None = None,
+    view_seed: int = 0,
     num_workers: int = 8,
     **loader: Unpack[LoaderOptions],
 ) -> DataSpec:
@@ -57,6 +60,9 @@ def imagenet(
             normalizes between two steps, in the rank's own process. Default: `device`.
         channels_last: whether normalized images lie in memory as (batch, height, width, channels). Default: False.
         synthetic: whether to take images of noise, as many as ImageNet has, and read no file. Default: False.
+        views: how many crops each image has, taken in turn from epoch to epoch; for split=train. Default: None, a new
+            one in each epoch.
+        view_seed: chooses the crops; for split=train. Default: 0.
         num_workers: processes that decode images on each rank. Default: 8.
         **loader: options of `composer_kd.data.loader.data_spec`.
 
@@ -66,6 +72,7 @@ def imagenet(
     """
     check_split(split, 'train', 'val')
     train = split == 'train'
+    check_views(train, views, view_seed)
     if train and resize_size is not None:
         raise ValueError('resize_size is for split=val: training images are cropped straight from the file')
     if normalize_on not in ('device', 'host'):
@@ -75,10 +82,11 @@ def imagenet(
         dataset = TensorImages(*random_images((3, crop_size, crop_size), _CLASSES), length=_SAMPLES[split])
     else:
         if train:
-            views = [RandomResizedCrop(crop_size), RandomHorizontalFlip()]
+            steps = [RandomResizedCrop(crop_size), RandomHorizontalFlip()]
         else:
-            views = [Resize(resize_size or round(crop_size * 256 / 224)), CenterCrop(crop_size)]
-        dataset = ImageFolder(str(_folder(data_dir, split)), transform=Compose(views))
+            steps = [Resize(resize_size or round(crop_size * 256 / 224)), CenterCrop(crop_size)]
+        dataset = ImageFolder(str(_folder(data_dir, split)), transform=Compose(steps))
+        dataset = ReplayableViews(dataset, view_seed) if train else dataset
     normalize = NormalizeBatch(Normalize('imagenet', channels_last=channels_last))
     return data_spec(
         dataset,
@@ -88,6 +96,7 @@ def imagenet(
         collate_fn=whole_batch if synthetic else _stack,
         batch_transforms=normalize if normalize_on == 'host' else None,
         microbatch_transforms=normalize if normalize_on == 'device' else None,
+        views=views,
         **loader,
     )
 

@@ -1,13 +1,15 @@
 """From a data set to Composer's `DataSpec`, and the loader options that every builder has in common."""
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, TypedDict, TypeVar
 
 import torch
 from composer.core import DataSpec
 from composer.utils import dist
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from composer_kd.data.views import GivesViews, ReplayableViews, ViewsLoader, ViewsSampler
 
 _Builder = TypeVar('_Builder', bound=Callable[..., Any])
 
@@ -36,20 +38,26 @@ def data_spec(
     persistent_workers: bool | None = None,
     prefetch_factor: int | None = None,
     collate_fn: Callable[[Any], Any] | None = None,
-    with_epoch: bool = False,
+    views: int | None = None,
+    view_seed: int = 0,
     **of_batches: Any,
 ) -> DataSpec:
     """Deal `dataset` out to the ranks in batches.
 
     Rank r of n gets the samples r, r + n, r + 2n ... of an order that is the same on all ranks. The order of epoch e is
-    a function of `shuffle_seed` + e alone, so a resumed run goes on in the same order. What is drawn at random when a
-    sample is fetched resumes exactly with `num_workers=0`, where the draws are from the random state that Composer
-    restores; workers have random states of their own, which no checkpoint holds.
+    a function of `shuffle_seed` + e alone, so a resumed run goes on in the same order.
+
+    What is drawn at random when a training sample is fetched is a function of `view_seed`, the sample's index and its
+    view, which is the epoch, or with `views` the epoch modulo `views`. So it is the same whichever process fetches the
+    sample, and in a resumed run. That holds for a data set that draws from the global generators of torch, NumPy and
+    Python, as all transforms of torchvision do; see `composer_kd.data.views.GivesViews` for one that gives views
+    itself. What `collate_fn` draws at random is no part of it.
 
     Args:
         dataset: a data set with a length.
         batch_size: samples in a batch over all ranks.
-        train: whether this is a training split: it decides what None stands for below.
+        train: whether this is a training split: it decides what None stands for below. The loader of a training split
+            is a `composer_kd.data.views.ViewsLoader`.
         num_workers: processes that fetch samples on each rank; 0 fetches in the rank's own process.
         shuffle: whether each epoch has another order. Default: None, `train`.
         drop_last: whether to leave out the last batch when it is not full, and on several ranks the samples that do not
@@ -60,36 +68,42 @@ def data_spec(
             None, whether there is a GPU.
         persistent_workers: whether workers live on from epoch to epoch. Default: None, yes if there are any.
         prefetch_factor: batches that each worker keeps ready. Default: None, torch's 2.
-        collate_fn: makes a batch of what the data set returns. Default: None, torch's.
-        with_epoch: whether the data set is asked for (index, epoch) instead of an index, so that what it draws at
-            random can be a function of these alone. Default: False.
+        collate_fn: makes a batch of the samples that the data set returns, of all and in their order. Default: None,
+            torch's.
+        views: for training: how many views of each sample there are, taken in turn from epoch to epoch; 1 also says
+            that nothing is drawn at random. Default: None, a new one each epoch.
+        view_seed: for training: chooses the views, from 0 up to 2^64. Default: 0.
         **of_batches: what else Composer's DataSpec is to know: `batch_transforms`, `microbatch_transforms`, ...
 
     Raises:
-        ValueError: `batch_size` is no multiple of the number of ranks, there is not one batch in an epoch, or there are
-            no samples at all.
+        ValueError: `batch_size` is no multiple of the number of ranks, there is not one batch in an epoch, there are no
+            samples at all, or `views` or `view_seed` is out of range or not for this data set.
     """
     shuffle = train if shuffle is None else shuffle
     drop_last = train if drop_last is None else drop_last
-    sampler = (_IndexAndEpoch if with_epoch else DistributedSampler)(
-        dataset,
-        num_replicas=dist.get_world_size(),
-        rank=dist.get_global_rank(),
-        shuffle=shuffle,
-        drop_last=drop_last,
-        seed=shuffle_seed,
-    )
-    loader = DataLoader(
-        dataset,
-        batch_size=rank_batch_size(batch_size),
-        sampler=sampler,
-        drop_last=drop_last,
-        num_workers=num_workers,
-        collate_fn=collate_fn,
-        pin_memory=torch.cuda.is_available() if pin_memory is None else pin_memory,
-        persistent_workers=num_workers > 0 if persistent_workers is None else persistent_workers,
-        prefetch_factor=prefetch_factor,
-    )
+    dealing = {
+        'num_replicas': dist.get_world_size(),
+        'rank': dist.get_global_rank(),
+        'shuffle': shuffle,
+        'drop_last': drop_last,
+        'seed': shuffle_seed,
+    }
+    options = {
+        'batch_size': rank_batch_size(batch_size),
+        'drop_last': drop_last,
+        'num_workers': num_workers,
+        'collate_fn': collate_fn,
+        'pin_memory': torch.cuda.is_available() if pin_memory is None else pin_memory,
+        'persistent_workers': num_workers > 0 if persistent_workers is None else persistent_workers,
+        'prefetch_factor': prefetch_factor,
+    }
+    check_views(train, views, view_seed)
+    if train:
+        replayable = _replayable(dataset, view_seed)
+        sampler = ViewsSampler(replayable, views=views if replayable.has_views else 1, **dealing)
+        loader = ViewsLoader(replayable, sampler, **options)
+    else:
+        loader = DataLoader(dataset, sampler=DistributedSampler(dataset, **dealing), **options)
     if len(dataset) == 0:  # pyright: ignore[reportArgumentType]
         raise ValueError('the data set has no samples')
     if len(loader) == 0:
@@ -116,10 +130,21 @@ def rank_batch_size(batch_size: int) -> int:
     return batch_size // ranks
 
 
-class _IndexAndEpoch(DistributedSampler):
-    def __iter__(self) -> Iterator[tuple[int, int]]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        for index in super().__iter__():
-            yield index, self.epoch
+def check_views(train: bool, views: int | None, view_seed: int = 0) -> None:
+    """Raise ValueError unless these options of `data_spec` are right for such a split."""
+    for name, is_given in (('views', views is not None), ('view_seed', view_seed)):
+        if is_given and not train:
+            raise ValueError(f'{name} is for split=train: what is evaluated on is always the same')
+    if views is not None and views < 1:
+        raise ValueError(f'views must be at least 1, or none for new ones in each epoch, not {views}')
+
+
+def _replayable(dataset: Dataset, view_seed: int) -> Any:
+    if not isinstance(dataset, GivesViews):
+        return ReplayableViews(dataset, view_seed)
+    if view_seed:
+        raise ValueError(f'{type(dataset).__name__} gives views itself: set its own seed, not view_seed={view_seed}')
+    return dataset
 
 
 def check_split(split: str, *known: str) -> None:

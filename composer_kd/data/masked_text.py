@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from composer.core import DataSpec
@@ -19,7 +19,8 @@ from composer_kd.data.python_topics import paragraphs
 from composer_kd.data.sequences import Sequences, Tokens
 from composer_kd.data.stream import stream_spec
 from composer_kd.data.text_files import OnError, hub_shards, text_files
-from composer_kd.tokenization import Tokenizer, load_tokenizer
+from composer_kd.data.views import Key
+from composer_kd.tokenization import Tokenizer, load_tokenizer, tokenizer_digest
 
 Split = Literal['train', 'validation']
 
@@ -37,10 +38,17 @@ class TextInMemory(Dataset):
         masked_batch: knows the tokenizer.
     """
 
+    has_views = True
+
     def __init__(self, sequences: Iterable[Tokens], masked_batch: MaskedBatch):
         ids = [sequence.ids for sequence in sequences]
         self.tokenizer = masked_batch.tokenizer
         self.max_length = masked_batch.max_length
+        self._masking = {
+            'mask_seed': masked_batch.seed,
+            'masking_probability': masked_batch.probability,
+            'whole_word_masking': masked_batch.whole_words,
+        }
         # Two arrays, not a million: workers that are forked from here share them, and do not count references to them.
         self._tokens = np.concatenate([np.empty(0, dtype=np.int32), *ids])
         self._ends = np.cumsum([0, *map(len, ids)])
@@ -48,7 +56,11 @@ class TextInMemory(Dataset):
     def __len__(self) -> int:
         return len(self._ends) - 1
 
-    def __getitem__(self, index: int | tuple[int, int]) -> Sample:
+    def identity(self) -> dict[str, Any]:
+        """See `GivesViews`."""
+        return {**self._masking, 'max_length': self.max_length, 'tokenizer': tokenizer_digest(self.tokenizer)}
+
+    def __getitem__(self, index: int | Key) -> Sample:
         """One sample, in view 0 unless another is asked for."""
         index, view = index if isinstance(index, tuple) else (index, 0)
         return Sample(self._tokens[self._ends[index] : self._ends[index + 1]], (index,), view)
@@ -69,6 +81,7 @@ def text(
     masking_probability: float = 0.15,
     whole_word_masking: bool = False,
     mask_seed: int = 0,
+    views: int | None = None,
     num_workers: int = 0,
     **loader: Unpack[LoaderOptions],
 ) -> DataSpec:
@@ -77,8 +90,8 @@ def text(
     Batches have `input_ids`, `attention_mask` and `labels`, int64 (samples, length): labels are -100 wherever there is
     nothing to predict. Length is that of the longest sample, rounded up to a multiple of 8.
 
-    Masks are a function of `mask_seed`, sample and epoch: a training sample gets others in each epoch, an evaluation
-    sample the same ones always, and a resumed run goes on with those it would have had.
+    Masks are a function of `mask_seed`, sample and view: a training sample gets others in each epoch, or as many as
+    `views`, an evaluation sample the same ones always, and a resumed run goes on with those it would have had.
 
     Args:
         split: `train` or `validation`: how to go through the text, and, with `holdout`, which part of it to take.
@@ -96,6 +109,8 @@ def text(
         masking_probability: share of the tokens to predict. Default: 0.15.
         whole_word_masking: whether all pieces of a word are predicted together. Default: False.
         mask_seed: chooses the masks. Default: 0.
+        views: how many masks each sample has, taken in turn from epoch to epoch; for split=train. Default: None, new
+            ones in each epoch.
         num_workers: processes that make batches on each rank; the rank itself is fast enough. Default: 0.
         **loader: options of `composer_kd.data.loader.data_spec`.
 
@@ -116,6 +131,7 @@ def text(
         batch_size=batch_size,
         train=split == 'train',
         num_workers=num_workers,
+        views=views,
         **loader,
     )
 
@@ -223,6 +239,7 @@ def python_docs(
     masking_probability: float = 0.15,
     whole_word_masking: bool = False,
     mask_seed: int = 0,
+    views: int | None = None,
     num_workers: int = 0,
     **loader: Unpack[LoaderOptions],
 ) -> DataSpec:
@@ -240,6 +257,8 @@ def python_docs(
         masking_probability: share of the tokens to predict. Default: 0.15.
         whole_word_masking: whether all pieces of a word are predicted together. Default: False.
         mask_seed: chooses the masks. Default: 0.
+        views: how many masks each sample has, taken in turn from epoch to epoch; for split=train. Default: None, new
+            ones in each epoch.
         num_workers: processes that make batches on each rank; the rank itself is fast enough. Default: 0.
         **loader: options of `composer_kd.data.loader.data_spec`.
 
@@ -254,6 +273,7 @@ def python_docs(
         batch_size=batch_size,
         train=split == 'train',
         num_workers=num_workers,
+        views=views,
         **loader,
     )
 
@@ -277,6 +297,7 @@ def _in_memory(
     num_workers: int,
     samples: int | None = None,
     holdout: float = 0.0,
+    views: int | None = None,
     **loader: Unpack[LoaderOptions],
 ) -> DataSpec:
     cut = Sequences(masked_batch.tokenizer, masked_batch.max_length, pack)
@@ -291,7 +312,7 @@ def _in_memory(
         train=train,
         num_workers=num_workers,
         collate_fn=masked_batch,
-        with_epoch=train,
+        views=views,
         **SPEC,
         **loader,
     )

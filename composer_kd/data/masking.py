@@ -9,6 +9,7 @@ import torch
 from composer.core.data_spec import default_split_batch
 from transformers import PreTrainedTokenizerFast
 
+from composer_kd.data.views import check_seed
 from composer_kd.tokenization import begins_word
 
 NOT_PREDICTED = -100
@@ -31,12 +32,6 @@ def random_stream(seed: int, view: int, where: Sequence[int], purpose: int = 0) 
     counter[0] = purpose << 56
     counter[1 : len(where) + 1] = where
     return np.random.Generator(np.random.Philox(key=np.array([seed, view], dtype=np.uint64), counter=counter))
-
-
-def check_seed(name: str, seed: int) -> None:
-    """Raise ValueError unless `seed` can be the seed of a `random_stream`."""
-    if not 0 <= seed < 2**64:
-        raise ValueError(f'{name} must be from 0 up to 2^64, not {seed}')
 
 
 def mask(

@@ -16,6 +16,7 @@ class Normalize:
     """
 
     def __init__(self, data_set: str, peak: float = 255.0, channels_last: bool = False):
+        self.data_set, self.peak = data_set, peak
         mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in NORMALIZATION[data_set])
         self.scale = 1 / (peak * std)
         self.shift = -mean / std
@@ -27,6 +28,9 @@ class Normalize:
             self.scale, self.shift = self.scale.to(images.device), self.shift.to(images.device)
         pixels = images.to(torch.float32, memory_format=self.memory_format, copy=True)
         return pixels.mul_(self.scale).add_(self.shift)
+
+    def __repr__(self) -> str:
+        return f'Normalize({self.data_set!r}, peak={self.peak})'
 
 
 class NormalizeBatch:

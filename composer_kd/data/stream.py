@@ -12,9 +12,10 @@ from composer.utils import dist, reproducibility
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from composer_kd.data.loader import rank_batch_size
-from composer_kd.data.masking import SPEC, MaskedBatch, Sample, check_seed, random_stream
+from composer_kd.data.masking import SPEC, MaskedBatch, Sample, random_stream
 from composer_kd.data.sequences import Sequences
 from composer_kd.data.text_files import Shard, TextError
+from composer_kd.data.views import check_seed
 from composer_kd.tokenization import tokenizer_digest
 
 _EVEN_ENOUGH = 1.25

@@ -9,7 +9,7 @@ from composer.core import DataSpec
 from torchvision import datasets
 from typing_extensions import Unpack
 
-from composer_kd.data.loader import LoaderOptions, check_split, data_spec, shows_loader_options
+from composer_kd.data.loader import LoaderOptions, check_split, check_views, data_spec, shows_loader_options
 from composer_kd.data.normalization import Normalize
 from composer_kd.data.tensor_images import TensorImages, crop_and_flip, random_images, whole_batch
 from composer_kd.download import downloading
@@ -25,12 +25,15 @@ _DOC = """{title}: {shape} images with labels, held in memory.
             training split alone. Default: None, {augment}.
         subset: take the first so many images alone. Default: None, all.
         synthetic: whether to take images of noise, as many as there are real ones, and read no file. Default: False.
+        views: how many shifts each image has, taken in turn from epoch to epoch; for split=train. Default: None, a new
+            one in each epoch.
+        view_seed: chooses the shifts; for split=train. Default: 0.
         num_workers: processes that fetch batches on each rank; the rank itself is fast enough. Default: 0.
         **loader: options of `composer_kd.data.loader.data_spec`.
 
     Raises:
         FileNotFoundError: the files are not there, or damaged.
-        ValueError: `augment` for the test split.
+        ValueError: `augment`, `views` or `view_seed` for the test split.
     """
 
 
@@ -77,6 +80,8 @@ def _builder(name: str, kind: _Kind):
         augment: bool | None = None,
         subset: int | None = None,
         synthetic: bool = False,
+        views: int | None = None,
+        view_seed: int = 0,
         num_workers: int = 0,
         **loader: Unpack[LoaderOptions],
     ) -> DataSpec:
@@ -84,6 +89,7 @@ def _builder(name: str, kind: _Kind):
         train = split == 'train'
         if augment and not train:
             raise ValueError(f'{name}: augment is for split=train')
+        check_views(train, views, view_seed)
         augment = kind.augment and train if augment is None else augment
         if synthetic:
             images, labels = random_images(kind.shape, kind.num_classes)
@@ -97,9 +103,16 @@ def _builder(name: str, kind: _Kind):
             augment=crop_and_flip if augment else None,
             normalize=Normalize(name),
             length=samples if subset is None else min(subset, samples),
+            seed=view_seed,
         )
         return data_spec(
-            dataset, batch_size=batch_size, train=train, num_workers=num_workers, collate_fn=whole_batch, **loader
+            dataset,
+            batch_size=batch_size,
+            train=train,
+            num_workers=num_workers,
+            collate_fn=whole_batch,
+            views=views,
+            **loader,
         )
 
     build.__name__ = build.__qualname__ = name

@@ -21,13 +21,17 @@ def folder(tmp_path_factory):
 
 def test_training_batches_are_random_crops_in_bytes(folder):
     spec = data.imagenet('train', 4, data_dir=folder, crop_size=32, num_workers=0)
-    torch.manual_seed(0)
     images, labels = next(iter(spec.dataloader))
-    again, _ = next(iter(spec.dataloader))
+    whole = ImageFolder(str(folder / 'train'))
+    assert all(label == whole[index][1] for label, (index, _) in zip(labels, spec.dataloader.keys, strict=True))
+    ((again, _), _), ((other, _), _) = spec.dataloader.batches(
+        [(index, view) for index in spec.dataloader.keys[:, 0].tolist()] for view in (0, 1)
+    )
     assert images.shape == (4, 3, 32, 32)
     assert images.dtype == torch.uint8
     assert labels.dtype == torch.int64
-    assert not torch.equal(images, again)
+    assert torch.equal(images, again)
+    assert not torch.equal(images, other)
     assert spec.num_samples == 8
 
 

@@ -39,6 +39,13 @@ def test_signature_names_every_option(name):
         signature.bind_partial('train', 8, shufle=True)
 
 
+def test_builders_have_the_options_of_views_that_do_something():
+    images, masks = {'views', 'view_seed'}, {'views'}
+    expected = {name: set() for name in data.__all__} | dict.fromkeys(['text', 'python_docs'], masks)
+    expected |= dict.fromkeys(['imagenet', 'cifar10', 'cifar100', 'fashion_mnist'], images)
+    assert {name: images & {*inspect.signature(getattr(data, name)).parameters} for name in data.__all__} == expected
+
+
 @pytest.mark.parametrize('name', [name for name in data.__all__ if name not in TEXT])
 def test_unknown_split(name):
     with pytest.raises(ValueError, match="unknown split 'validation': choose train or"):
@@ -100,8 +107,10 @@ def test_less_than_one_batch():
     assert len(data.digits('train', 2000, drop_last=False).dataloader) == 1
 
 
+@pytest.mark.filterwarnings('ignore:.*fork:DeprecationWarning')
+@pytest.mark.parametrize('num_workers', [0, 2])
 @pytest.mark.parametrize('stop', ['2ba', '1ep', '6ba'])
-def test_resume_is_exact(tmp_path, stop):
+def test_resume_is_exact(tmp_path, stop, num_workers):
     """Stopping inside or at the end of an epoch changes neither the order nor the augmentation that follows."""
 
     def train(max_duration, **kwargs):
@@ -109,7 +118,7 @@ def test_resume_is_exact(tmp_path, stop):
         model = models.small_convnet(in_channels=3, width=2)
         trainer = Trainer(
             model=model,
-            train_dataloader=data.cifar10('train', 16, synthetic=True, subset=64),
+            train_dataloader=data.cifar10('train', 16, synthetic=True, subset=64, num_workers=num_workers),
             eval_dataloader=data.cifar10('test', 16, synthetic=True, subset=32),
             eval_interval='1ep',
             optimizers=torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),

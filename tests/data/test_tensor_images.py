@@ -4,6 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from composer_kd.data.tensor_images import TensorImages, crop_and_flip, random_images
+from composer_kd.data.views import BatchRandom, as_keys
 
 
 @settings(max_examples=30, deadline=None)
@@ -11,8 +12,7 @@ from composer_kd.data.tensor_images import TensorImages, crop_and_flip, random_i
 def test_every_image_is_a_crop_of_its_padded_self(batch, channels, height, width, seed):
     generator = torch.Generator().manual_seed(seed)
     images = torch.randint(1, 256, (batch, channels, height, width), dtype=torch.uint8, generator=generator)
-    torch.manual_seed(seed)
-    out = crop_and_flip(images)
+    out = crop_and_flip(images, BatchRandom(seed, as_keys([*range(batch)])))
     assert out.dtype == torch.uint8
     padded = F.pad(images, (4, 4, 4, 4))
     for source, image in zip(padded, out, strict=True):
@@ -22,10 +22,9 @@ def test_every_image_is_a_crop_of_its_padded_self(batch, channels, height, width
 
 def test_shifts_and_mirrors_are_uniform_and_one_per_image():
     """One bright pixel per image tells the shift and whether it was mirrored."""
-    torch.manual_seed(0)
     images = torch.zeros(20_000, 2, 11, 11, dtype=torch.uint8)
     images[:, :, 5, 4] = 1  # moves to column 4 - shift, or mirrored to 6 + shift
-    out = crop_and_flip(images)
+    out = crop_and_flip(images, BatchRandom(0, as_keys([*range(20_000)])))
     assert torch.equal(out[:, 0], out[:, 1])
     _, rows, columns = out[:, 0].nonzero(as_tuple=True)
     counts = torch.zeros(11, 11).index_put((rows, columns), torch.ones(len(rows)), accumulate=True)
@@ -46,6 +45,30 @@ def test_a_batch_is_its_samples():
         assert torch.equal(batch[row], image)
         assert torch.equal(image, images[index] / 255)
         assert batch_labels[row] == label == labels[index]
+
+
+def test_an_image_is_augmented_alike_in_every_batch():
+    images, labels = random_images((3, 6, 6), 10)
+    dataset = TensorImages(images, labels, augment=crop_and_flip, seed=2)
+    state = torch.get_rng_state()
+    batch, _ = dataset.__getitems__([(index, 4) for index in range(64)])
+    for index in (63, 5):
+        assert torch.equal(batch[index], dataset[index, 4][0])
+    for other in (
+        dataset.__getitems__([(index, 5) for index in range(64)]),
+        dataset.__getitems__([*range(64)]),
+        TensorImages(images, labels, augment=crop_and_flip).__getitems__([(index, 4) for index in range(64)]),
+    ):
+        assert sum(torch.equal(*pair) for pair in zip(batch, other[0], strict=True)) < 8
+    assert torch.equal(dataset[5][0], dataset[5, 0][0])
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_samples_of_one_image_are_augmented_each_in_its_own_way():
+    images, labels = random_images((3, 6, 6), 10)
+    dataset = TensorImages(images, labels, augment=crop_and_flip, length=5120)
+    batch, _ = dataset.__getitems__([(index, 0) for index in range(7, 5120, 512)])
+    assert len({image.numpy().tobytes() for image in batch}) > 5
 
 
 def test_a_pool_returns_in_turn():
