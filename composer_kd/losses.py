@@ -8,12 +8,14 @@ q = softmax(student_logits / T); the student's logits are finite.
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-__all__ = ['cosine', 'jsd', 'kl', 'mse', 'reverse_kl', 'topk', 'topk_kl']
+__all__ = ['cosine', 'jsd', 'kl', 'mse', 'reverse_kl', 'topk', 'topk_bias', 'topk_kl', 'topk_tail']
 
 
 def kl(
@@ -137,8 +139,27 @@ def topk(*, teacher_logits: Tensor, k: int, temperature: float = 1.0, axis: int 
         raise ValueError(f'k must lie between 1 and the number of classes, {teacher_logits.shape[axis]}, not {k}.')
     logits = teacher_logits.detach().movedim(axis, -1)
     values, indices = logits.topk(k)
-    tail = _tail(logits.to(torch.promote_types(logits.dtype, torch.float32)), indices, temperature)
-    return values.movedim(-1, axis), indices.movedim(-1, axis), tail.squeeze(-1)
+    rest = topk_tail(logits, indices, temperature)
+    return values.movedim(-1, axis), indices.movedim(-1, axis), rest.squeeze(-1)
+
+
+def topk_tail(logits: Tensor, indices: Tensor, temperature: float = 1.0) -> Tensor:
+    """`T logsumexp(rest / T)` of the logits that are not chosen, in float32 or more, -inf if there are none.
+
+    It is taken over the rest itself: the whole less the chosen would cancel where the rest is small.
+
+    Args:
+        logits: Shape (..., C).
+        indices: The classes that are chosen, int64, shape (..., k).
+        temperature: T > 0. Default: 1.
+
+    Returns:
+        Shape (..., 1).
+    """
+    _check(temperature)
+    rest = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True).scatter_(-1, indices, -math.inf)
+    largest = rest.amax(-1, keepdim=True).clamp_(min=torch.finfo(rest.dtype).min)
+    return rest.sub_(largest).div_(temperature).exp_().sum(-1, keepdim=True).log_().mul_(temperature).add_(largest)
 
 
 def topk_kl(
@@ -155,6 +176,7 @@ def topk_kl(
 
     It is `kl` over k + 1 classes, the teacher's k and one for all the others, whose logit is `T logsumexp(rest / T)` on
     either side. Merging classes never raises a divergence, so this is at most the dense `kl`; at k = C they are equal.
+    What is between the two is `topk_bias`. It has no second derivative.
 
     Args:
         student_logits: Shape (..., C).
@@ -184,12 +206,56 @@ def topk_kl(
         )
     if where is not None:
         student, values, indices, tail = _select(where, student, values, indices, tail)
-    student, indices = student.to(torch.promote_types(student.dtype, torch.float32)), indices.long()
-    chosen = student.gather(-1, indices)
-    if k < classes:
-        chosen = torch.cat([chosen, _tail(student, indices, temperature)], -1)
-        values = torch.cat([values, tail], -1)
-    return kl(student_logits=chosen, teacher_logits=values, temperature=temperature)
+    indices = indices.long()
+    if k == classes:
+        return kl(student_logits=student.gather(-1, indices), teacher_logits=values, temperature=temperature)
+    merged: Any = _Merged.apply(student, indices, temperature)
+    return kl(student_logits=merged, teacher_logits=torch.cat([values, tail], -1), temperature=temperature)
+
+
+def topk_bias(
+    *, student_logits: Tensor, teacher_logits: Tensor, k: int, temperature: float = 1.0, axis: int = -1
+) -> Tensor:
+    """What `topk_kl` leaves out of `kl` at each position: `T^2 p_rest KL(p over the rest || q over the rest)`.
+
+    By the chain rule this is exactly `kl` less `topk_kl`, with no difference of two large numbers. Arguments and errors
+    as for `kl` and `topk`; no gradient reaches either side.
+
+    Returns:
+        Shape (...), 0 or more, in nats; 0 at k = C.
+    """
+    student, teacher = _prepare(student_logits.detach(), teacher_logits, None, axis)
+    values, indices, rest = topk(teacher_logits=teacher, k=k, temperature=temperature)
+    if k == teacher.shape[-1]:
+        return torch.zeros_like(rest)
+    of_rest = torch.cat([values, rest.unsqueeze(-1)], -1).div(temperature).softmax(-1)[..., -1]
+    log_p, log_q = ((x / temperature).scatter(-1, indices, -math.inf).log_softmax(-1) for x in (teacher, student))
+    # Among the rest, a class that was chosen, or ruled out by the teacher, has p = 0 and adds nothing.
+    divergence = (log_p.exp() * (log_p - log_q).where(log_p > -math.inf, 0.0)).sum(-1)
+    return of_rest.mul(divergence).where(of_rest > 0, 0.0) * temperature * temperature
+
+
+class _Merged(torch.autograd.Function):
+    """The logits of some classes, and last, one logit for all the rest: shape (..., k + 1).
+
+    Beside the logits themselves, as many numbers are alive once in the forward pass and once, as the gradient, in the
+    backward pass. At the rest the gradient is shared out by the rest's own softmax, however small its mass is.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, indices: Tensor, temperature: float) -> Tensor:
+        rest = topk_tail(logits, indices, temperature)
+        ctx.save_for_backward(logits, indices, rest)
+        ctx.temperature = temperature
+        return torch.cat([logits.gather(-1, indices).to(rest.dtype), rest], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        logits, indices, rest = ctx.saved_tensors
+        chosen, of_rest = gradients[0][..., :-1], gradients[0][..., -1:]
+        gradient = logits.sub(rest).div_(ctx.temperature).exp_().mul_(of_rest)
+        return gradient.scatter_(-1, indices, chosen).to(logits.dtype), None, None
 
 
 def _prepare(student: Tensor, teacher: Tensor, where: Tensor | None, axis: int) -> tuple[Tensor, Tensor]:
@@ -233,12 +299,6 @@ def _select(where: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         )
     index = mask.reshape(-1).nonzero().squeeze(1)
     return tuple(tensor.reshape(-1, tensor.shape[-1]).index_select(0, index) for tensor in tensors)
-
-
-def _tail(logits: Tensor, indices: Tensor, temperature: float) -> Tensor:
-    """`T logsumexp(rest / T)` over the rest itself: the whole less the chosen would cancel where the rest is small."""
-    rest = (logits / temperature).scatter_(-1, indices, -math.inf)  # Overwrites the quotient, not the caller's logits.
-    return temperature * rest.logsumexp(-1, keepdim=True)
 
 
 def _mean(total: Tensor, logits: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ forward pass is that of Liger Kernel, Hsu et al. 2024, arXiv 2410.10989.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from composer_kd import losses
+from composer_kd.averages import Mean
+from composer_kd.topk import TopKLogits
 
 KDLoss = Callable[..., Tensor]  # of `student_logits` and `teacher_logits`, keywords both; a mean over positions
 
@@ -79,14 +82,27 @@ class DeferredLogits:
 
 
 class MeanLogits:
-    """The mean of several logits, deferred or not, of one shape.
+    """A weighted mean of several logits, deferred or not, of one shape: an `averages.Mean` in parts.
 
     Args:
         members: At least one.
+        weights: Above 0, one for each, and 1 in all. Default: the same for all.
+        temperature: Of the probabilities that are averaged. Default: none, the logits are.
+        labels: The classes that are right, int64, shape (M,). Default: none, all members count everywhere.
     """
 
-    def __init__(self, members: Sequence[Logits]):
+    def __init__(
+        self,
+        members: Sequence[Logits],
+        weights: Sequence[float] | None = None,
+        *,
+        temperature: float | None = None,
+        labels: Tensor | None = None,
+    ):
         self.members = members
+        self.weights = weights or [1 / len(members)] * len(members)
+        self.temperature = temperature
+        self.labels = labels
 
     @property
     def shape(self) -> torch.Size:
@@ -95,12 +111,15 @@ class MeanLogits:
 
     def detach(self) -> MeanLogits:
         """The same without gradient."""
-        return MeanLogits([member.detach() for member in self.members])
+        members = [member.detach() for member in self.members]
+        return MeanLogits(members, self.weights, temperature=self.temperature, labels=self.labels)
 
     def part(self, rows: slice = _ALL, columns: slice = _ALL) -> Tensor:
-        """Compute some of them, or all, in float32 or more."""
-        parts = (part(member, rows, columns) for member in self.members)
-        return functools.reduce(torch.add, (_float(x) / len(self.members) for x in parts))
+        """Compute some of them, or all, in float32 or more; with all columns if they are not means of logits alone."""
+        mean = Mean(temperature=self.temperature, labels=None if self.labels is None else self.labels[rows])
+        for member, weight in zip(self.members, self.weights, strict=True):
+            mean.add(part(member, rows, columns), weight)
+        return mean.result()
 
 
 Logits = Tensor | DeferredLogits | MeanLogits
@@ -115,7 +134,7 @@ def vocabulary_loss(
     *,
     student_logits: DeferredLogits,
     labels: Tensor,
-    teacher_logits: Logits | None = None,
+    teacher_logits: Logits | TopKLogits | None = None,
     kd_loss: KDLoss = losses.kl,
     kd_weight: float = 0.0,
     label_weight: float = 1.0,
@@ -127,7 +146,8 @@ def vocabulary_loss(
     Args:
         student_logits: Shape (M, V).
         labels: Classes, int64, shape (M,); every position counts.
-        teacher_logits: As the student's; no gradient reaches them. Default: none, which leaves the cross entropy.
+        teacher_logits: As the student's; no gradient reaches them. Of those of which the k largest are known, `kd_loss`
+            is `kl`, which then stands for `losses.topk_kl`. Default: none, which leaves the cross entropy.
         kd_loss: One of `losses` with its options bound (`functools.partial(kl, temperature=2.0)`), or any function of
             `student_logits` and `teacher_logits` that is a mean over positions. Default: `kl`.
         kd_weight: Weight of the distillation loss. Default: 0.
@@ -143,12 +163,14 @@ def vocabulary_loss(
         if there is a teacher, `'kd'`.
 
     Raises:
-        ValueError: The shapes do not belong together.
+        ValueError: The shapes do not belong together, or the loss needs more than the k largest logits.
     """
     positions, words = student_logits.shape
     for name, shape in (('labels', labels.shape), ('teacher_logits', getattr(teacher_logits, 'shape', None))):
         if shape is not None and tuple(shape) != (positions, words)[: len(shape)]:
             raise ValueError(f'{name} {tuple(shape)} do not fit student_logits {(positions, words)}')
+    if isinstance(teacher_logits, TopKLogits):
+        _check_topk(teacher_logits, kd_loss, sequences)
     teacher = None if teacher_logits is None else teacher_logits.detach()
     by_rows = [(slice(i, i + chunk_size), _ALL) for i in range(0, positions, chunk_size)]
     by_columns: list[tuple[slice, slice]] = []
@@ -170,7 +192,7 @@ class _Terms:
 
     labels: Tensor
     label_weight: float
-    teacher: Logits | None
+    teacher: Logits | TopKLogits | None
     kd_loss: KDLoss
     kd_weight: float
 
@@ -185,10 +207,14 @@ class _Terms:
     def kd(self, logits: Tensor, rows: slice, columns: slice, gradient: Tensor | None) -> tuple[Tensor, Tensor]:
         """The distillation loss and its gradient, added to `gradient`; overwrites `logits`."""
         assert self.teacher is not None
-        teacher = _float(part(self.teacher, rows, columns))
         if gradient is None:
             gradient = torch.zeros_like(logits)
-        if temperature := _temperature_of_kl(self.kd_loss):
+        temperature = _temperature_of_kl(self.kd_loss)
+        if isinstance(self.teacher, TopKLogits):
+            assert temperature is not None, 'was checked'
+            return self._topk_kl(logits, self.teacher.rows(rows), temperature, gradient), gradient
+        teacher = _float(part(self.teacher, rows, columns))
+        if temperature:
             teacher = teacher / temperature
             return self._kl(logits.div_(temperature), teacher, temperature, gradient), gradient
         positions = logits.numel() / self.teacher.shape[-1]
@@ -208,6 +234,22 @@ class _Terms:
         # Where the teacher rules out a word, p is 0 and its logit -inf: their product counts 0.
         difference = teacher.sub_(logits).clamp_(min=torch.finfo(p.dtype).min)
         return (p.mul_(difference).sum() + (log_sum - teacher_log_sum).sum()) * temperature * temperature
+
+    def _topk_kl(self, logits: Tensor, teacher: TopKLogits, temperature: float, gradient: Tensor) -> Tensor:
+        """`losses.topk_kl`: `losses.kl` of the chosen words, and of one that stands for the rest."""
+        indices, values = teacher.indices.long(), teacher.values.to(logits.dtype) / temperature
+        if values.shape == logits.shape:
+            in_order = torch.empty_like(values).scatter_(-1, indices, values)
+            return self._kl(logits.div_(temperature), in_order, temperature, gradient)
+        tail = teacher.tail(temperature).to(logits.dtype).unsqueeze(-1) / temperature
+        chosen = logits.gather(-1, indices) / temperature
+        rest, log_sum = _softmax(logits.scatter_(-1, indices, -math.inf).div_(temperature))
+        merged = torch.cat([chosen, log_sum], -1)
+        of_merged = torch.zeros_like(merged)
+        value = self._kl(merged, torch.cat([values, tail], -1), temperature, of_merged)
+        # What is due to the rest is shared out by its own softmax, which is 0 at the words that were chosen.
+        gradient.addcmul_(rest, of_merged[:, -1:]).scatter_add_(-1, indices, of_merged[:, :-1])
+        return value
 
 
 class _InChunks(torch.autograd.Function):
@@ -278,6 +320,19 @@ def over_sequences(loss: KDLoss, sequences: Tensor) -> KDLoss:
     return lambda *, student_logits, teacher_logits: loss(
         student_logits=filled_up(student_logits), teacher_logits=filled_up(teacher_logits), axis=1
     )
+
+
+def _check_topk(teacher: TopKLogits, loss: KDLoss, sequences: Tensor | None) -> None:
+    """Raise ValueError if a loss needs more of a teacher than its largest logits."""
+    temperature = _temperature_of_kl(loss)
+    if temperature is None or sequences is not None:
+        what = 'the loss is not kl' if temperature is None else 'distributions lie over sequences'
+        k = teacher.values.shape[-1]
+        raise ValueError(
+            f'{what}, which takes all logits of the teacher, and only the {k} largest are known: take kl over the '
+            'vocabulary, or a teacher whose logits are all known'
+        )
+    teacher.tail(temperature)
 
 
 def _temperature_of_kl(loss: KDLoss) -> float | None:

@@ -457,6 +457,77 @@ def test_tail_too_small_for_one_minus_the_rest(gap):
     torch.testing.assert_close(grad.double(), exact_grad, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize('temperature', [1.0, 4.0])
+def test_a_rest_of_next_to_no_mass_keeps_its_value_and_gradient(temperature):
+    # Either side's rest weighs about 1e-12, of which one less the chosen leaves nothing in float32.
+    student, teacher = logits_pair(4, 50, scale=1.0)
+    chosen = teacher.topk(3).indices
+    gap = temperature * -math.log(1e-12 / 20)
+    student, teacher = (x.detach().scatter_add(1, chosen, torch.full((4, 3), gap).double()) for x in (student, teacher))
+    masses = torch.softmax(student / temperature, -1).scatter(1, chosen, 0.0)
+    assert 1e-13 < masses.sum(-1).min() < masses.sum(-1).max() < 1e-11
+    options = {'temperature': temperature, 'k': 3}
+    _, grad = value_and_grad(topk_kl, student.float().requires_grad_(), teacher.float(), **options)
+    _, exact = value_and_grad(topk_kl, student.float().double().requires_grad_(), teacher.float().double(), **options)
+    of_rest, exact_of_rest = (x.double().scatter(1, chosen, 0.0) for x in (grad, exact))
+    assert 0 < exact_of_rest.abs().max() < 1e-11
+    torch.testing.assert_close(of_rest, exact_of_rest, rtol=1e-4, atol=0)
+
+
+def test_no_copy_of_all_logits_but_one_on_either_way():
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Copies(TorchDispatchMode):
+        made = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **kwargs or {})
+            own = {x.untyped_storage().data_ptr() for x in args if isinstance(x, torch.Tensor)}
+            for x in result if isinstance(result, tuple) else [result]:
+                if isinstance(x, torch.Tensor) and x.numel() >= 5 * 700 and x.untyped_storage().data_ptr() not in own:
+                    self.made += 1
+            return result
+
+    student, teacher = logits_pair(5, 700, dtype=torch.float32)
+    values, indices, tail = losses.topk(teacher_logits=teacher, k=3, temperature=2.0)
+    given = {'teacher_values': values, 'teacher_indices': indices, 'teacher_tail': tail}
+    with Copies() as forward:
+        value = losses.topk_kl(student_logits=student, **given, temperature=2.0)
+    with Copies() as backward:
+        (grad,) = torch.autograd.grad(value, student)
+    assert (forward.made, backward.made) == (1, 1)
+    assert grad.shape == student.shape
+
+
+@quick
+@given(pair=pairs(), temperature=st.floats(0.5, 8), k=st.integers(1, 5))
+def test_bias_is_what_the_merged_rest_hides(pair, temperature, k):
+    student, teacher = pair
+    k = min(k, student.shape[-1])
+    both = {'student_logits': student, 'teacher_logits': teacher, 'temperature': temperature}
+    bias = losses.topk_bias(**both, k=k)
+    assert bias.shape == student.shape[:-1]
+    assert torch.all(bias >= -1e-12)
+    hidden = losses.kl(**both) - topk_kl(**both, k=k)
+    torch.testing.assert_close(bias.mean(), hidden, rtol=1e-9, atol=1e-10)
+
+
+def test_bias_on_another_axis_and_where_the_teacher_rules_out_the_rest():
+    student, teacher = logits_pair(5, 7)
+    bias = losses.topk_bias(student_logits=student, teacher_logits=teacher, k=3)
+    assert bias.gt(0).all() and not bias.requires_grad
+    moved = losses.topk_bias(student_logits=student.t(), teacher_logits=teacher.t(), k=3, axis=0)
+    torch.testing.assert_close(moved, bias)
+    teacher[:, 3:] = -math.inf
+    for k in (2, 3, 4):  # some of the rest are ruled out, all of them, one among the chosen
+        hidden = losses.kl(student_logits=student, teacher_logits=teacher) - topk_kl(
+            student_logits=student, teacher_logits=teacher, k=k
+        )
+        bias = losses.topk_bias(student_logits=student, teacher_logits=teacher, k=k)
+        torch.testing.assert_close(bias.mean(), hidden.detach(), rtol=1e-9, atol=1e-12)
+        assert k == 2 or bias.eq(0).all()
+
+
 def test_stored_types():
     # As a store would give them back: half-precision values, small integers, and junk where nothing was stored.
     student, teacher = logits_pair(4, 7, dtype=torch.float32)

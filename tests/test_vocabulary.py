@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 
 from composer_kd import losses
+from composer_kd.topk import TopKLogits, topk_loss
 from composer_kd.vocabulary import DeferredLogits, MeanLogits, _temperature_of_kl, part, vocabulary_loss
 
 half, double = torch.float16, torch.float64
@@ -125,6 +126,71 @@ def test_distributions_over_sequences(name, chunk_size):
     assert_equal(found, expected, student)
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    positions=st.integers(0, 12),
+    words=st.integers(1, 12),
+    k=st.integers(1, 12),
+    chunk_size=st.integers(1, 13),
+    temperature=st.floats(0.3, 8.0),
+    kd_weight=st.floats(0, 2),
+    label_weight=st.floats(0, 2),
+    seed=st.integers(0, 2**20),
+)
+def test_a_teacher_known_by_its_top_k(positions, words, k, chunk_size, temperature, kd_weight, label_weight, seed):
+    student, teacher = projection(positions, words, seed, grad=True), part(projection(positions, words, seed + 1))
+    labels = torch.randint(words, (positions,), generator=torch.Generator().manual_seed(seed))
+    known = TopKLogits.of(teacher, min(k, words), [1.0, temperature])
+    kl = functools.partial(losses.kl, temperature=temperature, where=None)
+    weights = {'kd_weight': kd_weight, 'label_weight': label_weight}
+    given = {'student_logits': student, 'labels': labels, 'teacher_logits': known}
+
+    def found():
+        return vocabulary_loss(**given, kd_loss=kl, chunk_size=chunk_size, **weights)
+
+    logits = part(student)
+    kd = topk_loss(student_logits=logits, teacher=known, temperature=temperature)
+    label = F.cross_entropy(logits, labels) if positions else logits.sum()
+    assert_equal(found(), {'label': label, 'kd': kd, 'total': label_weight * label + kd_weight * kd}, student)
+    if k >= words and positions:
+        assert_equal(found(), dense(student, labels, teacher, kl, **weights), student)
+
+
+def test_a_rest_of_next_to_no_mass():
+    """Where the chosen words have all but 1e-12 of the mass, the gradient of the others is still their own."""
+    hidden = torch.eye(6, 5, dtype=torch.float64)
+    weight = torch.randn(40, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    weight[:3] += 30
+    given = {'labels': torch.zeros(6, dtype=torch.int64), 'kd_weight': 1.0, 'label_weight': 0.0}
+
+    def gradient(dtype):
+        logits = DeferredLogits(hidden.to(dtype), weight.to(dtype).requires_grad_())
+        teacher = torch.linspace(0, 1, 40, dtype=dtype).index_fill(0, torch.arange(3), 30).expand(6, 40)
+        known = TopKLogits.of(teacher, 3, [1.0])
+        total = vocabulary_loss(student_logits=logits, teacher_logits=known, **given)['total']
+        return torch.autograd.grad(total, logits.weight)[0][3:].double()
+
+    exact = gradient(torch.float64)
+    assert 0 < exact.abs().max() < 1e-11
+    torch.testing.assert_close(gradient(torch.float32), exact, rtol=1e-4, atol=0)
+
+
+def test_what_a_top_k_cannot_teach():
+    student, labels = projection(4, 31, 0, grad=True), torch.arange(4)
+    known = TopKLogits.of(part(projection(4, 31, 1)), 3, [1.0, 2.0])
+    given = {'student_logits': student, 'labels': labels, 'teacher_logits': known}
+    sequences = torch.zeros(4, dtype=torch.int64)
+    for options, message in (
+        ({'kd_loss': losses.jsd}, 'the loss is not kl, which takes all logits of the teacher, and only the 3 largest'),
+        ({'kd_loss': functools.partial(losses.kl, axis=1)}, 'the loss is not kl'),
+        ({'sequences': sequences}, 'distributions lie over sequences, which takes all logits'),
+        ({'kd_loss': functools.partial(losses.kl, temperature=3.0)}, r'tails are at temperatures 1, 2, not 3: distil'),
+        ({'teacher_logits': known.rows(slice(3))}, r'teacher_logits \(3, 31\) do not fit'),
+    ):
+        with pytest.raises(ValueError, match=message):
+            vocabulary_loss(**(given | options))
+
+
 def test_a_mean_of_teachers_dense_and_deferred():
     student, one, other = projection(9, 11, 0, grad=True), projection(9, 11, 1), projection(9, 11, 2, hidden=3)
     labels = torch.arange(9)
@@ -235,7 +301,8 @@ def test_never_more_logits_alive_than_a_chunk_of_them():
             return result
 
     student, teacher = projection(64, 100, 0, hidden=2, grad=True), projection(64, 100, 1, hidden=2)
-    for sequences in (None, torch.arange(64) // 8):
+    known = TopKLogits.of(part(teacher), 10, [2.0])
+    for sequences, teacher in ((None, teacher), (torch.arange(64) // 8, teacher), (None, known)):
         with Largest() as largest:
             vocabulary_loss(
                 student_logits=student,
