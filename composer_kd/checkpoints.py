@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import glob
 import hashlib
 import pickle
 import pickletools
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,9 @@ _PLAIN_VALUES = [
     type(torch.__version__),
 ]
 
+_LATEST = 'latest'  # what one may write behind the folder of a run
+_LATEST_CHECKPOINT = 'latest-rank0.pt'
+
 
 class CheckpointError(RuntimeError):
     """A file of weights that cannot be used."""
@@ -39,10 +44,54 @@ def file_sha256(path: str | Path) -> str:
 
 
 def find_checkpoint(path: str | Path) -> Path | None:
-    """The checkpoint that a path means: the file itself, or the latest one in the folder of a run; None if neither."""
+    """The checkpoint that a path means; None if there is none.
+
+    Args:
+        path: The file itself; the folder of a run, or `latest` in it; or a folder of Composer checkpoints. A folder
+            means the latest one in it.
+    """
     path = Path(path)
-    latest = path / 'checkpoints' / 'latest-rank0.pt'
-    return next((found.resolve() for found in (path, latest) if found.is_file()), None)
+    if path.name == _LATEST and path.parent.is_dir() and not path.exists():
+        path = path.parent
+    places = path, path / 'checkpoints' / _LATEST_CHECKPOINT, path / _LATEST_CHECKPOINT
+    return next((place.resolve() for place in places if place.is_file()), None)
+
+
+def find_checkpoints(pattern: str) -> list[Path]:
+    """The checkpoints of all files and folders that a pattern matches, see `find_checkpoint`, in the paths' order.
+
+    Args:
+        pattern: A path in which `*`, `?` and `[...]` stand for parts of names, and `**` for folders: `runs/sweep/*`.
+
+    Raises:
+        CheckpointError: Nothing matches, or in what does is no checkpoint.
+    """
+    matches = find_paths(pattern)
+    if not matches:
+        raise CheckpointError(f'{pattern}: nothing there; a checkpoint, the folder of a run, or a pattern is needed')
+    found = {path: find_checkpoint(path) for path in matches}
+    if empty := [str(path) for path, checkpoint in found.items() if checkpoint is None]:
+        raise CheckpointError(f'{", ".join(empty)}: no checkpoint there; choose a narrower pattern than {pattern}')
+    return [checkpoint for checkpoint in found.values() if checkpoint]
+
+
+def find_paths(pattern: str) -> list[Path]:
+    """What a pattern matches, sorted, numbers by their size; hidden files, such as locks, are not among it.
+
+    A `latest` at its end is left away if there is nothing of that name.
+    """
+    if Path(pattern).exists():
+        return [Path(pattern)]
+    head, _, tail = pattern.rstrip('/').rpartition('/')
+    for given in (pattern, *([head] if tail == _LATEST else [])):
+        if found := glob.glob(given, recursive=True):  # noqa: PTH207, Path.glob finds hidden files too
+            return sorted(map(Path, found), key=_by_number)
+    return []
+
+
+def _by_number(path: Path) -> tuple[list[str | int], Path]:
+    parts = re.split(r'([0-9]+)', str(path))
+    return [int(part) if index % 2 else part for index, part in enumerate(parts)], path
 
 
 def read_checkpoint(path: str | Path) -> Mapping[str, Any]:

@@ -69,13 +69,13 @@ def load_tokenizer(source: Tokenizer) -> PreTrainedTokenizerFast:
     if isinstance(source, Mapping):
         return _trained(source)
     path = Path(source).expanduser()
-    if not path.exists():
+    if (file := find_checkpoint(path)) is not None:
+        path = file
+        read = {'.txt': _from_vocabulary, '.json': _from_json}.get(file.suffix, _from_checkpoint)
+    elif not path.exists():
         if path.is_absolute() or path.suffix in ('.pt', '.txt', '.json'):
             raise FileNotFoundError(f'no tokenizer in {source}: no such file or folder')
         read = _from_hub
-    elif (file := find_checkpoint(path)) is not None:
-        path = file
-        read = {'.txt': _from_vocabulary, '.json': _from_json}.get(file.suffix, _from_checkpoint)
     else:
         read = _from_pretrained
     try:

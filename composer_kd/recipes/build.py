@@ -64,11 +64,10 @@ def _teacher(plan: Plan, index: int, checkpoint: tuple[Path, str] | None, keywor
     if teacher.model is None:
         return teacher.call()
     supplied: dict[str, Any] = {'model': teacher.model()}
-    _check_fit(plan, f'teachers.{index}', supplied['model'], keywords)
+    _check_fit(plan, '.'.join(map(str, teacher.call.key)), supplied['model'], keywords)
     if 'name' in signature(teacher.call.target):
-        supplied['name'] = (
-            run_folder(teacher.recipe.recipe).name if teacher.recipe else str(teacher.model.target.__name__)
-        )
+        own_run = teacher.model.recipe is not plan.recipe
+        supplied['name'] = run_folder(teacher.model.recipe).name if own_run else str(teacher.model.target.__name__)
     if checkpoint:
         supplied['checkpoint'], supplied['sha256'] = checkpoint
     return teacher.call(**supplied)

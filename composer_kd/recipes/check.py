@@ -1,4 +1,7 @@
-"""A recipe -> a plan of calls, all of whose names and arguments are known to be right; nothing is built or read."""
+"""A recipe -> a plan of calls, all of whose names and arguments are known to be right; nothing is built.
+
+Of what a recipe refers to, other recipes are read, and what earlier runs have left.
+"""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -6,9 +9,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from composer_kd.checkpoints import find_paths
 from composer_kd.recipes.bind import bind, signature
-from composer_kd.recipes.load import NAMED_SECTIONS, SECTIONS, Recipe, load, nearest
+from composer_kd.recipes.folder import finished_run, run_folder
+from composer_kd.recipes.load import NAMED_SECTIONS, SECTIONS, Recipe, RecipeError, load, nearest
 from composer_kd.recipes.resolve import Target, resolve
+from composer_kd.teachers.recorded import RecordedTeacher
 
 DEFAULTS = {'seed': 17, 'runs_dir': 'runs', 'save_num_checkpoints_to_keep': 1}
 INHERITED = ('runs_dir', 'device', 'progress_bar')  # what a teacher's recipe takes over from the student's
@@ -39,13 +45,32 @@ class Call:
             raise self.recipe.error(self.key, str(error) or type(error).__name__, exit_code=1) from error
 
 
+@dataclass(frozen=True)
+class TeacherRun:
+    """A finished run that teaches: its checkpoint, the SHA-256 of that, and the seconds that training took."""
+
+    checkpoint: Path
+    sha256: str
+    seconds: float
+
+    @classmethod
+    def of(cls, summary: Mapping[str, Any], folder: Path) -> 'TeacherRun':
+        """From the summary that is in its folder."""
+        seconds = summary['train_seconds'] + summary['teacher_training_seconds']
+        return cls(folder / summary['checkpoint'], summary['checkpoint_sha256'], seconds)
+
+
 @dataclass
 class TeacherPlan:
-    """How to get one teacher: a call, for which a model may be built, or be trained by a recipe of its own first."""
+    """How to get one teacher: a call, for which a model may be built.
+
+    Its weights may be those of a run that is finished, or of one that a recipe of its own describes.
+    """
 
     call: Call
     model: Call | None = None
     recipe: 'Plan | None' = None
+    run: TeacherRun | None = None
 
 
 @dataclass
@@ -57,7 +82,7 @@ class Plan:
     train_data: Call
     eval_data: Call | None
     optimizer: Call | None
-    teachers: list[TeacherPlan]
+    teachers: list[TeacherPlan] = field(default_factory=list)
     schedulers: list[Call] = field(default_factory=list)
     algorithms: list[Call] = field(default_factory=list)
     callbacks: list[Call] = field(default_factory=list)
@@ -95,12 +120,12 @@ def check(recipe: Recipe, trail: tuple[Path, ...] = ()) -> Plan:
         _builder(recipe, ('optimizer',), config['optimizer'], 'optimizer', {'params'})
         if config.get('optimizer')
         else None,
-        _teachers(recipe, (*trail, recipe.path.resolve())),
     )
     for section in NAMED_SECTIONS:
         setattr(plan, section, _named(recipe, section))
     plan.trainer = bind(recipe, (), _trainer(), {k: config[k] for k in trainer_keys if k in config}, _NOT_PLAIN)
     _check_values(recipe)
+    plan.teachers = _teachers(recipe, (*trail, recipe.path.resolve()))
     _check_algorithms(plan)
     for scheduler in plan.schedulers:
         scheduler()
@@ -151,27 +176,81 @@ def _teachers(recipe: Recipe, trail: tuple[Path, ...]) -> list[TeacherPlan]:
     given = recipe.config.get('teachers') or []
     if not isinstance(given, list):
         raise recipe.error(('teachers',), f'must be a list of teachers, not {given!r}')
-    return [_teacher(recipe, ('teachers', index), entry, trail) for index, entry in enumerate(given)]
+    return [plan for index, entry in enumerate(given) for plan in _plans(recipe, ('teachers', index), entry, trail)]
 
 
-def _teacher(recipe: Recipe, key: tuple, entry: object, trail: tuple[Path, ...]) -> TeacherPlan:
+def _plans(recipe: Recipe, key: tuple, entry: object, trail: tuple[Path, ...]) -> list[TeacherPlan]:
+    """The teacher that an entry describes, or those that it stands for."""
     arguments, target = _named_arguments(recipe, key, 'teacher', entry)
     if 'model' not in signature(target):
-        return TeacherPlan(Call(recipe, key, target, bind(recipe, key, target, arguments)))
-    model, path = arguments.pop('model', None), arguments.pop('recipe', None)
+        several = _records(recipe, key, arguments) if target is RecordedTeacher else [arguments]
+        return [TeacherPlan(Call(recipe, key, target, bind(recipe, key, target, each))) for each in several]
+    sources = {name: arguments.pop(name, None) for name in ('model', 'recipe', 'runs')}
     overrides = arguments.pop('overrides', [])
-    if (model is None) == (path is None):
-        raise recipe.error(key, 'a teacher has either a `model` or a `recipe`; give one of them')
-    if path is None and overrides:
+    if sum(source is not None for source in sources.values()) != 1:
+        raise recipe.error(key, 'a teacher has a `model`, a `recipe` or `runs`; give one of them')
+    if sources['recipe'] is None and overrides:
         raise recipe.error((*key, 'overrides'), 'are for the recipe of a teacher; give a `recipe`, or remove them')
     call = Call(recipe, key, target, bind(recipe, key, target, arguments, {'model'}))
-    if path is None:
-        return TeacherPlan(call, _builder(recipe, (*key, 'model'), model, 'model'))
+    if sources['model'] is not None:
+        return [TeacherPlan(call, _builder(recipe, (*key, 'model'), sources['model'], 'model'))]
     for name in ('checkpoint', 'sha256'):
         if name in arguments:
-            raise recipe.error((*key, name), 'comes from the run of `recipe`; give a `model` instead, or remove it')
-    plan = _teacher_recipe(recipe, key, path, overrides, trail)
-    return TeacherPlan(call, plan.model, plan)
+            source = 'recipe' if sources['runs'] is None else 'runs'
+            raise recipe.error((*key, name), f'comes from the run of `{source}`; give a `model` instead, or remove it')
+    if sources['runs'] is not None:
+        return [TeacherPlan(call, model, run=run) for model, run in _runs(recipe, (*key, 'runs'), sources['runs'])]
+    plan = _teacher_recipe(recipe, key, sources['recipe'], overrides, trail)
+    return [TeacherPlan(call, plan.model, plan)]
+
+
+def _records(recipe: Recipe, key: tuple, arguments: dict[str, Any]) -> list[dict[str, Any]]:
+    """The arguments for each record that the `path` of an entry matches."""
+    pattern = arguments.get('path')
+    if not isinstance(pattern, str) or not {*'*?['} & {*pattern}:
+        return [arguments]
+    folders = _folders(pattern)
+    if not folders:
+        todo = 'record first (composer-kd record), or change it'
+        raise recipe.error((*key, 'path'), f'there is no record at {pattern}; {todo}', exit_code=1)
+    return [arguments | {'path': str(folder)} for folder in folders]
+
+
+def _folders(pattern: str) -> list[Path]:
+    return [path for path in find_paths(pattern) if path.is_dir()]
+
+
+def _runs(recipe: Recipe, key: tuple, pattern: object) -> list[tuple[Call, TeacherRun]]:
+    """The finished runs that a pattern matches, each with the call that builds its model."""
+    if not isinstance(pattern, str):
+        raise recipe.error(key, f'must be the folder of a run, or a pattern of several, not {pattern!r}')
+    folders, own = _folders(pattern), run_folder(recipe)
+    if own.resolve() in [folder.resolve() for folder in folders] or _matches(own, pattern):
+        raise recipe.error(key, f'{own}, the folder of this very run, is among {pattern}; choose a narrower pattern')
+    if not folders:
+        raise recipe.error(key, f'there is no run at {pattern}; train the teachers first, or change it', exit_code=1)
+    return [_run(recipe, key, folder) for folder in folders]
+
+
+def _matches(folder: Path, pattern: str) -> bool:
+    """Whether a folder, which need not be there, is one that a pattern matches."""
+    return folder.absolute().match(str(Path(pattern).absolute()).removesuffix('/latest'))
+
+
+def _run(recipe: Recipe, key: tuple, folder: Path) -> tuple[Call, TeacherRun]:
+    if not (folder / 'recipe.yaml').is_file():
+        raise recipe.error(key, f'{folder} is no run: there is no recipe.yaml in it; choose a narrower pattern', 1)
+    try:
+        run = load(folder / 'recipe.yaml')
+        run.config |= {'runs_dir': str(folder.parent), 'run_name': folder.name}
+        summary = finished_run(run)
+        model = _builder(run, ('model',), run.config['model'], 'model')
+    except RecipeError as error:
+        raise recipe.error(key, str(error), error.exit_code) from error
+    if summary is None:
+        todo = f'let it finish (composer {folder / "recipe.yaml"} autoresume=true), or choose a narrower pattern'
+        raise recipe.error(key, f'{folder} is not finished; {todo}', exit_code=1)
+    return model, TeacherRun.of(summary, folder)
 
 
 def _teacher_recipe(recipe: Recipe, key: tuple, path: object, overrides: object, trail: tuple[Path, ...]) -> Plan:
@@ -237,4 +316,5 @@ def _check_algorithms(plan: Plan) -> None:
 def _unbuilt_teacher() -> Any:
     """Stands in for a teacher where only its being one matters."""
     methods = ('check', 'prepare', 'signal', 'release', 'manifest')
-    return SimpleNamespace(name='teacher', **dict.fromkeys(methods, lambda *_: None))
+    members = dict.fromkeys(methods, lambda *_: None)
+    return SimpleNamespace(name='teacher', forwards=0, replays=False, **members)

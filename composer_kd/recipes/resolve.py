@@ -52,13 +52,14 @@ def _catalogue(kind: str) -> Iterator[tuple[str, Target]]:
     import composer_kd.algorithms
     import composer_kd.data
     import composer_kd.models
-    import composer_kd.teachers
+    import composer_kd.teachers.recorded
 
     if kind in ('model', 'data'):
         module = composer_kd.models if kind == 'model' else composer_kd.data
         yield from ((name, getattr(module, name)) for name in module.__all__ if callable(getattr(module, name)))
     elif kind == 'teacher':
         yield 'network', composer_kd.teachers.NetworkTeacher
+        yield 'recorded', composer_kd.teachers.recorded.RecordedTeacher
     else:
         modules, base = {
             'optimizer': ([torch.optim, composer.optim], torch.optim.Optimizer),

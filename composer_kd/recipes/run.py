@@ -10,9 +10,8 @@ import textwrap
 import time
 import warnings
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from composer.utils import dist, get_device
 
 from composer_kd.data.text_files import TextError
 from composer_kd.recipes.build import build
-from composer_kd.recipes.check import Plan, check
+from composer_kd.recipes.check import Plan, TeacherPlan, TeacherRun, check
 from composer_kd.recipes.folder import (
     check_name,
     claim,
@@ -64,14 +63,27 @@ def run(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         RecipeError: If the recipe is wrong, or cannot be followed here.
     """
     plan = check(load(path, overrides))
-    _start(plan)
+    start(plan)
     on_rank_zero(lambda: check_name(plan.recipe))
     _rehearse(plan)
     with FolderLock(plan.recipe) as lock:
         return _train(plan, lock)
 
 
-def _start(plan: Plan) -> None:
+def assemble(plan: Plan, look: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Build all that a run is made of, without running it; its teachers are trained if they are still to be trained.
+
+    Args:
+        plan: The plan, with which `start` was called.
+        look: Is shown the keywords for Trainer, and raises what is wrong with them; before a teacher is trained, too.
+    """
+    _rehearse(plan, look=look)
+    keywords = build(plan, _checkpoints([_teacher_run(teacher) for teacher in plan.teachers]))
+    look(keywords)
+    return keywords
+
+
+def start(plan: Plan) -> None:
     """Set up what all runs of this process share."""
     device, ranks = plan.trainer.get('device'), dist.get_local_world_size()
     try:
@@ -86,12 +98,14 @@ def _start(plan: Plan) -> None:
     warnings.filterwarnings('ignore', message='Cannot split tensor of length')  # the last batch is a small one
 
 
-def _rehearse(plan: Plan, is_teacher: bool = False) -> None:
+def _rehearse(
+    plan: Plan, is_teacher: bool = False, look: Callable[[dict[str, Any]], None] = lambda keywords: None
+) -> None:
     """If a teacher is to be trained, build all there is but that one's weights: mistakes show now, not after hours."""
-    runs = [_finished_teacher(teacher.recipe) if teacher.recipe else None for teacher in plan.teachers]
+    runs = [_finished_teacher(teacher) for teacher in plan.teachers]
     untrained = [teacher.recipe for teacher, run in zip(plan.teachers, runs, strict=True) if teacher.recipe and not run]
     if untrained or is_teacher:
-        build(plan, [run and (run.checkpoint, run.sha256) for run in runs])
+        look(build(plan, _checkpoints(runs)))
     for teacher in untrained:
         _rehearse(teacher, is_teacher=True)
 
@@ -99,8 +113,8 @@ def _rehearse(plan: Plan, is_teacher: bool = False) -> None:
 def _train(plan: Plan, lock: FolderLock) -> dict[str, Any]:
     """Train the teachers that are to be trained first, then build and train; `lock` takes the folder."""
     recipe = plan.recipe
-    teachers = [_teacher_run(teacher.recipe) if teacher.recipe else None for teacher in plan.teachers]
-    keywords = build(plan, [run and (run.checkpoint, run.sha256) for run in teachers])
+    teachers = [_teacher_run(teacher) for teacher in plan.teachers]
+    keywords = build(plan, _checkpoints(teachers))
     folder, is_new = on_rank_zero(lambda: _claim(recipe, lock, keywords['model']))
     try:
         trainer = _trainer(plan, keywords, folder)
@@ -184,16 +198,17 @@ def _fit(trainer: Trainer) -> None:
         trainer.eval()
 
 
-@dataclass
-class _TeacherRun:
-    checkpoint: Path
-    sha256: str
-    seconds: float
+def _checkpoints(runs: Sequence[TeacherRun | None]) -> list[tuple[Path, str] | None]:
+    return [run and (run.checkpoint, run.sha256) for run in runs]
 
 
-def _teacher_run(plan: Plan) -> _TeacherRun:
+def _teacher_run(teacher: TeacherPlan) -> TeacherRun | None:
     """Find the finished run of a teacher's recipe, or train it now; only one launch at a time does."""
-    recipe, folder = plan.recipe, run_folder(plan.recipe)
+    if teacher.recipe is None:
+        if teacher.run and teacher.model:
+            _say(f'found the teacher {run_folder(teacher.model.recipe)}')
+        return teacher.run
+    recipe, folder = teacher.recipe.recipe, run_folder(teacher.recipe.recipe)
     with FolderLock(recipe) as lock:
         if not on_rank_zero(lambda: lock.take(folder)):
             _say(f'waiting for another launch, which is at work in {folder}')
@@ -202,32 +217,29 @@ def _teacher_run(plan: Plan) -> _TeacherRun:
         summary = on_rank_zero(lambda: finished_run(recipe))
         if summary is None:
             _say(f'training the teacher {recipe.path} in {folder}')
-            recipe.config['autoresume'] = plan.trainer['autoresume'] = True
+            recipe.config['autoresume'] = teacher.recipe.trainer['autoresume'] = True
             with _determinism_kept():
-                summary = _train(plan, lock)
+                summary = _train(teacher.recipe, lock)
             _free_memory()
         else:
             _say(f'found the teacher {recipe.path} in {folder}')
     if summary['checkpoint'] is None:
         raise recipe.error(('save_folder',), 'a teacher needs a checkpoint: its recipe must not switch it off')
-    return _as_teacher(summary, folder)
+    return TeacherRun.of(summary, folder)
 
 
-def _finished_teacher(plan: Plan) -> _TeacherRun | None:
-    """The finished run of a teacher's recipe; None if it is to be trained, or another launch is at work there."""
-    recipe, folder = plan.recipe, run_folder(plan.recipe)
+def _finished_teacher(teacher: TeacherPlan) -> TeacherRun | None:
+    """The finished run of a teacher; None if it has none, is to be trained, or another launch is at work on it."""
+    if teacher.recipe is None:
+        return teacher.run
+    recipe, folder = teacher.recipe.recipe, run_folder(teacher.recipe.recipe)
 
     def look() -> dict[str, Any] | None:
         with FolderLock(recipe) as lock:
             return finished_run(recipe) if lock.take(folder) else None
 
     summary = on_rank_zero(look)
-    return None if summary is None else _as_teacher(summary, folder)
-
-
-def _as_teacher(summary: dict[str, Any], folder: Path) -> _TeacherRun:
-    seconds = summary['train_seconds'] + summary['teacher_training_seconds']
-    return _TeacherRun(folder / summary['checkpoint'], summary['checkpoint_sha256'], seconds)
+    return None if summary is None else TeacherRun.of(summary, folder)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from composer import algorithms as composer_algorithms
 from composer.core import Event
 from torch import nn
 
-from composer_kd.checkpoints import CheckpointError, file_sha256, read_checkpoint
+from composer_kd.checkpoints import CheckpointError, file_sha256, find_checkpoint, read_checkpoint
 from composer_kd.teachers.teacher import TeacherError
 
 # Composer's algorithms that change a network so that its weights, or what it computes in eval mode, differ.
@@ -42,15 +42,17 @@ def load_weights(model: nn.Module, path: str | Path, sha256: str | None = None) 
 
     Args:
         model: A ComposerModel or a bare network, on any device.
-        path: The file.
+        path: The file, or the folder of a run or of Composer checkpoints, for the latest one in it.
         sha256: The SHA-256 of the file in hexadecimal digits, to be verified. Default: ``None``.
 
     Raises:
         TeacherError: The file is missing, damaged, not the expected one, would run code, or does not fit ``model``.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise TeacherError(f'{path}: no such file; the teacher needs a checkpoint or a state dict there')
+    file = find_checkpoint(path)
+    if file is None:
+        lacks = 'no checkpoint in this folder' if Path(path).is_dir() else 'no such file'
+        raise TeacherError(f'{path}: {lacks}; the teacher needs a checkpoint or a state dict there')
+    path = Path(path) if Path(path).is_file() else file
     if sha256 is not None and (found := file_sha256(path)) != sha256.lower():
         raise TeacherError(f'{path}: is not the expected file: its SHA-256 is {found}, not {sha256.lower()}')
 

@@ -108,12 +108,31 @@ def test_a_full_recipe(write):
         ('teachers: [network]\n', "4: teachers.0: must be a mapping with the name of the teacher, not 'network'"),
         (
             'teachers:\n- {name: network}\n',
-            '5: teachers.0: a teacher has either a `model` or a `recipe`; give one of them',
+            '5: teachers.0: a teacher has a `model`, a `recipe` or `runs`; give one of them',
         ),
         (
             'teachers: [{name: network, model: {name: timm}, recipe: t.yaml}]\n',
-            '4: teachers.0: a teacher has either a ',
+            '4: teachers.0: a teacher has a `model`, a `recipe` or `runs`; give one',
         ),
+        (
+            'teachers: [{name: network, runs: a, recipe: t.yaml}]\n',
+            '4: teachers.0: a teacher has a `model`, a `recipe` or `runs`; give one',
+        ),
+        (
+            'teachers: [{name: network, runs: a, sha256: b}]\n',
+            '4: teachers.0.sha256: comes from the run of `runs`; give a `model` instead, or remove it',
+        ),
+        (
+            'teachers:\n- name: network\n  overrides: [a=b]\n  runs: a\n',
+            '6: teachers.0.overrides: are for the recipe of a teacher; give a `recipe`, or remove them',
+        ),
+        (
+            'teachers: [{name: network, runs: [a]}]\n',
+            '4: teachers.0.runs: must be the folder of a run, or a pattern of',
+        ),
+        ('teachers: [{name: network, runs: a}]\nruns_dir: 3\n', '5: runs_dir: must be the path of a folder, not 3'),
+        ('teachers: [{name: recorded}]\n', "4: teachers.0: RecordedTeacher needs the argument 'path'; add it"),
+        ('teachers: [{name: recorded, path: 3}]\n', '4: teachers.0.path: must be '),
         (
             'teachers: [{name: network, recipe: t.yaml}]\n',
             '4: teachers.0.recipe: there is no file t.yaml; give the path',

@@ -11,6 +11,7 @@ from composer.core import Algorithm
 import composer_kd
 from composer_kd.recipes.load import Recipe, RecipeError
 from composer_kd.recipes.resolve import resolve, snake_case
+from composer_kd.teachers.recorded import RecordedTeacher
 
 RECIPE = Recipe(Path('x.yaml'), {})
 
@@ -37,6 +38,7 @@ NAMES = {
     ('logger', 'wandb_logger'): composer.loggers.WandBLogger,
     ('logger', 'tensorboard'): composer.loggers.TensorboardLogger,
     ('teacher', 'network'): composer_kd.NetworkTeacher,
+    ('teacher', 'recorded'): RecordedTeacher,
 }
 
 
@@ -81,7 +83,7 @@ def test_own_module_in_the_current_folder(write):
             "there is no algorithm 'knowlege_distillation'; did you mean 'knowledge_di",
         ),
         ('model', 'resnet_18x', "there is no model 'resnet_18x'; did you mean 'resnet18'?"),
-        ('teacher', 'zzz', "there is no teacher 'zzz'; there are: network"),
+        ('teacher', 'zzz', "there is no teacher 'zzz'; there are: network, recorded"),
         ('optimizer', 'composer', "there is no optimizer 'composer'; there are: adadelta, "),
         (
             'model',

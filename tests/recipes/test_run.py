@@ -233,9 +233,7 @@ def test_a_teacher_that_cannot_be_used(recipes, damage):
     summary, recipe = Path('runs/teacher/summary.json'), Path('runs/teacher/recipe.yaml')
     if damage == 'gone':
         checkpoint.unlink()
-        message = (
-            'teacher.yaml:1: the checkpoint of runs/teacher is gone; delete runs/teacher, or give teacher.yaml another'
-        )
+        message = 'teacher.yaml:1: the checkpoint of runs/teacher is gone; put it back, or delete runs/teacher'
     elif damage == 'changed':
         checkpoint.write_bytes(checkpoint.read_bytes() + b'x')
         message = f'x.yaml:7: teachers.0: {checkpoint}: is not the expected file'

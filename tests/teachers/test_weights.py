@@ -69,6 +69,16 @@ def test_a_composer_checkpoint_loads_weights_only(tmp_path):
     assert not same(model.state_dict(), classifier(2).state_dict())
 
 
+@pytest.mark.parametrize('place', ['', 'checkpoints', 'latest'])
+def test_a_folder_stands_for_the_latest_checkpoint_in_it(place, tmp_path):
+    run = train([], model=classifier(1), save_folder=str(tmp_path / 'checkpoints'))
+    sha256 = file_sha256(tmp_path / 'checkpoints' / 'latest-rank0.pt')
+    teacher = NetworkTeacher(classifier(2), checkpoint=tmp_path / place, sha256=sha256)
+    assert same(teacher._live_network().state_dict(), run.state.model.state_dict())
+    with pytest.raises(TeacherError, match=r'ep2-ba8-rank0\.pt: is not the expected file: its SHA-256 is '):
+        NetworkTeacher(classifier(2), checkpoint=tmp_path / place, sha256='0' * 64)
+
+
 @pytest.mark.parametrize('wrap', [lambda s: s, lambda s: {'model': s}, lambda s: {'state_dict': s}])
 @pytest.mark.parametrize('saved, wanted', [(network, network), (network, classifier), (classifier, network)])
 def test_a_state_dict_is_loaded(wrap, saved, wanted, tmp_path):
@@ -171,6 +181,8 @@ def test_a_damaged_file_is_refused(how, tmp_path):
 def test_a_missing_file_and_a_wrong_hash(tmp_path):
     with pytest.raises(TeacherError, match='no such file'):
         load_weights(network(1), tmp_path / 'weights.pt')
+    with pytest.raises(TeacherError, match='no checkpoint in this folder; the teacher needs'):
+        load_weights(network(1), tmp_path)
     torch.save(network(1).state_dict(), tmp_path / 'weights.pt')
     with pytest.raises(TeacherError, match='is not the expected file: its SHA-256 is '):
         load_weights(network(1), tmp_path / 'weights.pt', '0' * 64)

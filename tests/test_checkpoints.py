@@ -1,0 +1,75 @@
+import re
+from pathlib import Path
+
+import pytest
+from composer.models import ComposerClassifier
+
+from composer_kd.checkpoints import CheckpointError, find_checkpoint, find_checkpoints, find_paths
+from settings import CLASSES, network, train
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch):
+    """Folders of two runs, one of which is named `latest`, and one without a checkpoint, beside a file."""
+    monkeypatch.chdir(tmp_path)
+    for name in ('runs/b', 'runs/a', 'runs/latest'):
+        folder = Path(name, 'checkpoints')
+        folder.mkdir(parents=True)
+        (folder / 'ep1-rank0.pt').write_text(name)
+        (folder / 'latest-rank0.pt').symlink_to('ep1-rank0.pt')
+    Path('begun/c').mkdir(parents=True)
+    Path('runs/.a.lock').touch()
+    return tmp_path / 'runs'
+
+
+@pytest.mark.parametrize(
+    'path', ['runs/a', 'runs/a/', 'runs/a/latest', 'runs/a/checkpoints', 'runs/a/checkpoints/latest-rank0.pt']
+)
+def test_what_means_the_latest_checkpoint_of_a_run(runs, path):
+    assert find_checkpoint(path) == find_checkpoint(Path(path)) == runs / 'a/checkpoints/ep1-rank0.pt'
+
+
+def test_a_run_whose_name_is_latest(runs):
+    assert find_checkpoint('runs/latest') == find_checkpoint('runs/latest/latest')
+    assert find_checkpoint('runs/latest') == runs / 'latest/checkpoints/ep1-rank0.pt'
+    assert find_paths('runs/latest') == [Path('runs/latest')]
+    assert find_paths('runs/late[st]*') == [Path('runs/latest')]
+
+
+@pytest.mark.parametrize(
+    'path',
+    ['runs', 'runs/c', 'begun/c', 'begun/c/latest', 'runs/a/checkpoints/ep1-rank0.pt/latest', 'latest', 'runs/a/no.pt'],
+)
+def test_no_checkpoint(runs, path):
+    assert find_checkpoint(path) is None
+
+
+def test_composers_own_folder_of_checkpoints(tmp_path):
+    model = ComposerClassifier(network(1), num_classes=CLASSES)
+    train([], model=model, max_duration='2ba', save_folder=str(tmp_path / 'saved'), save_interval='1ba')
+    assert find_checkpoint(tmp_path / 'saved') == find_checkpoint(tmp_path / 'saved' / 'ep0-ba2-rank0.pt')
+
+
+@pytest.mark.parametrize('pattern', ['runs/?', 'runs/[ab]/latest', 'runs/?/', 'runs/[ab]/checkpoints/ep*.pt'])
+def test_all_that_a_pattern_matches(runs, pattern):
+    assert find_checkpoints(pattern) == [runs / name / 'checkpoints/ep1-rank0.pt' for name in 'ab']
+
+
+def test_one_path_is_a_pattern(runs):
+    assert find_checkpoints('runs/b') == [runs / 'b/checkpoints/ep1-rank0.pt']
+    (runs / 'a').rename(runs / 'a[1]')
+    assert find_checkpoints('runs/a[1]') == [runs / 'a[1]/checkpoints/ep1-rank0.pt']
+    assert len(find_checkpoints('**/runs/*/latest')) == 3
+
+
+@pytest.mark.parametrize(
+    ('pattern', 'message'),
+    [
+        ('nowhere/*', 'nowhere/*: nothing there; a checkpoint, the folder of a run, or a pattern is needed'),
+        ('*/c/latest', 'begun/c: no checkpoint there; choose a narrower pattern than */c/latest'),
+        ('*/[ac]', 'begun/c: no checkpoint there; choose a narrower pattern than */[ac]'),
+    ],
+)
+def test_a_pattern_of_nothing(runs, pattern, message):
+    with pytest.raises(CheckpointError, match=f'^{re.escape(message)}$'):
+        find_checkpoints(pattern)
