@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from composer_kd import EarlyStopDistillation, KnowledgeDistillation, NetworkTeacher, TeacherSampling
+from composer_kd.data import data_spec
 
 CLASSES, SAMPLES, BATCH, EPOCHS = 5, 128, 32, 2
 BATCHES = EPOCHS * SAMPLES // BATCH
@@ -45,6 +47,16 @@ def teachers(number: int) -> list[NetworkTeacher]:
     return [NetworkTeacher(classifier(100 + i, width=8, dropout=0.5), name=f'teacher{i}') for i in range(number)]
 
 
+def new_folder() -> str:
+    """An empty one, the same on all ranks, that is there until the process ends."""
+    _folders.append(tempfile.TemporaryDirectory())
+    names: list[Any] = [_folders[-1].name]
+    dist.broadcast_object_list(names)
+    return names[0]
+
+
+_folders: list[tempfile.TemporaryDirectory] = []
+
 SETTINGS: dict[str, Callable[[], list[Algorithm]]] = {
     'one_teacher': lambda: [KnowledgeDistillation(teachers(1))],
     'average': lambda: [KnowledgeDistillation(teachers(3), temperature=2.0)],
@@ -55,10 +67,25 @@ SETTINGS: dict[str, Callable[[], list[Algorithm]]] = {
     'interval': lambda: [KnowledgeDistillation(teachers(1), interval=3)],
     'sampled': lambda: [TeacherSampling(), KnowledgeDistillation(teachers(3))],
     'sampled_two': lambda: [KnowledgeDistillation(teachers(3)), TeacherSampling(2, weights=[1, 2, 4])],
+    'sampled_per_sample': lambda: [TeacherSampling(per='sample'), KnowledgeDistillation(teachers(3))],
+    'sampled_two_per_sample': lambda: [
+        KnowledgeDistillation(teachers(3), weights='random', average='probabilities', only_correct=True),
+        TeacherSampling(2, weights=[1, 2, 4], per='sample'),
+    ],
+    'weights': lambda: [KnowledgeDistillation(teachers(3), weights=[1, 2, 4])],
+    'random_weights': lambda: [KnowledgeDistillation(teachers(3), weights='random')],
+    'probabilities': lambda: [KnowledgeDistillation(teachers(3), average='probabilities', temperature=2.0)],
+    'only_correct': lambda: [KnowledgeDistillation(teachers(3), only_correct=True)],
+    'probability': lambda: [KnowledgeDistillation(teachers(1), probability=0.5, kd_weight=1.0, label_weight=0.0)],
+    'host': lambda: [KnowledgeDistillation(teachers(3), residency='host'), TeacherSampling()],
+    'record': lambda: [KnowledgeDistillation(teachers(1), record=new_folder())],
+    'record_top': lambda: [KnowledgeDistillation(teachers(2), record=new_folder(), record_top=3), TeacherSampling()],
     'early_stop': lambda: [EarlyStopDistillation('0.5dur'), KnowledgeDistillation(teachers(1))],
     'window': lambda: [KnowledgeDistillation(teachers(1)), EarlyStopDistillation('6ba', start='2ba', ramp='3ba')],
     'all': lambda: [
-        KnowledgeDistillation(teachers(3), interval=2),
+        KnowledgeDistillation(
+            teachers(3), kd_weight=4.0, interval=2, probability=0.9, residency='host', record=new_folder()
+        ),
         EarlyStopDistillation('0.75dur', ramp='0.5dur'),
         TeacherSampling(),
     ],
@@ -66,11 +93,12 @@ SETTINGS: dict[str, Callable[[], list[Algorithm]]] = {
 
 
 def data(batch_size: int = BATCH, channels: int = 1, size: int = 8) -> DataLoader:
+    """A training loader that knows which samples are in a batch."""
     generator = torch.Generator().manual_seed(7)
     images = torch.randn(SAMPLES, channels, size, size, generator=generator)
     labels = torch.randint(CLASSES, (SAMPLES,), generator=generator)
     dataset = TensorDataset(images, labels)
-    return DataLoader(dataset, batch_size // dist.get_world_size(), sampler=dist.get_sampler(dataset, shuffle=True))
+    return data_spec(dataset, batch_size=batch_size, train=True, num_workers=0).dataloader
 
 
 def trainer(

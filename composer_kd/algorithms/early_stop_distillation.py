@@ -70,7 +70,7 @@ class EarlyStopDistillation(Algorithm):
         if event == Event.INIT:
             distiller.share = self.share
         elif not distiller.pool.released and _elapsed(state, self.stop.unit) >= self.stop.value:
-            if distiller.pool.forwards == 0 and distiller.kd_weight > 0:
+            if distiller.pool.heard == 0 and distiller.kd_weight > 0:
                 warnings.warn(
                     f'distillation has ended at {self.stop} before it began: no teacher was heard', stacklevel=2
                 )

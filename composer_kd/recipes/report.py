@@ -15,8 +15,8 @@ from composer.utils import dist
 
 from composer_kd import __version__
 from composer_kd.checkpoints import file_sha256
+from composer_kd.files import write
 from composer_kd.recipes.check import Plan
-from composer_kd.recipes.folder import write
 from composer_kd.recipes.metrics_logger import read_metrics
 from composer_kd.teachers import TeacherPool
 
@@ -60,6 +60,7 @@ def summarize(plan: Plan, trainer: Trainer, folder: Path, teacher_training_secon
         'train_seconds': seconds,
         'teacher_seconds': sum(pool.seconds for pool in pools),
         'teacher_forwards': sum(pool.forwards for pool in pools),
+        'teacher_share': teacher_share(pools[0], state) if pools else None,
         'teacher_training_seconds': teacher_training_seconds,
         'epochs': state.timestamp.epoch.value,
         'batches': state.timestamp.batch.value,
@@ -85,6 +86,12 @@ def summarize(plan: Plan, trainer: Trainer, folder: Path, teacher_training_secon
     plot(rows, folder / 'curves.png', state.run_name)
     write(folder / 'summary.json', json.dumps(summary, indent=2) + '\n')
     return summary
+
+
+def teacher_share(pool: TeacherPool, state: State) -> float | None:
+    """What the teachers heard, of what they hear in a full run: each of them every sample that is trained on."""
+    samples = state.timestamp.sample.value
+    return pool.samples_heard * dist.get_world_size() / (samples * len(pool)) if samples else None
 
 
 def plot(rows: list[dict[str, Any]], path: Path, title: str) -> None:
@@ -120,13 +127,18 @@ def plot(rows: list[dict[str, Any]], path: Path, title: str) -> None:
 def lines(summary: dict[str, Any], folder: Path) -> str:
     """The end of a run on a screen."""
     seconds, teacher = summary['train_seconds'], summary['teacher_seconds']
-    share = f', {teacher:.1f} s ({teacher / seconds:.0%}) of them the teachers' if teacher and seconds else ''
+    of_them = f', {teacher:.1f} s ({teacher / seconds:.0%}) of them the teachers' if teacher and seconds else ''
+    share = summary['teacher_share']
+    heard = (
+        [f'  teachers    heard {share:.1%} of what a full run hears'] if share is not None and share < 0.9995 else []
+    )
     table = [f'  {name:<40} {float(value):.4f}' for name, value in summary['metrics'].items()]
     return '\n'.join(
         [
             f'{summary["run_name"]}: {summary["epochs"]} epochs, {summary["batches"]} batches, '
-            f'{seconds:.1f} s of training{share}',
+            f'{seconds:.1f} s of training{of_them}',
             *table,
+            *heard,
             f'  checkpoint  {folder / summary["checkpoint"] if summary["checkpoint"] else "none"}',
             f'  curves      {folder / "curves.png"}',
         ]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from composer.core import Precision, get_precision_context
 from composer.models import ComposerModel
 from torch import nn
@@ -37,7 +38,8 @@ class NetworkTeacher:
             ``labels`` where the batch is a mapping), or any other module, which is given ``batch[0]``, or the mapping
             as keyword arguments. It returns logits, or a mapping that holds them under ``logits``.
         name: What errors and checkpoints call it. Default: the class of the network.
-        checkpoint: A Composer checkpoint or a state dict to load. Default: ``None``.
+        checkpoint: A Composer checkpoint or a state dict to load, or the folder of a run, for its latest one.
+            Default: ``None``.
         sha256: The SHA-256 of that file, to be verified. Default: ``None``.
         precision: Composer's precision for the teacher's forward pass: ``'fp32'``, ``'amp_bf16'``,
             ``'amp_fp16'``. Default: the student's.
@@ -49,6 +51,11 @@ class NetworkTeacher:
             per channel of images in [0, 1], or the name of a data set (``'imagenet'``, ``'cifar10'``, ...). To be given
             together with ``student_normalization``. Default: ``None``, as for the student.
         student_normalization: How the loader normalizes them. Default: ``None``.
+        input_size: Resize images to this height and width on the device, bilinear and antialiased: one number for both,
+            or ``(height, width)``. Default: ``None``, the teacher sees the student's.
+
+    Attributes:
+        forwards: Passes through the network since the teacher was made.
 
     Raises:
         TeacherError: The checkpoint cannot be used, see :func:`~composer_kd.teachers.load_weights`.
@@ -68,6 +75,7 @@ class NetworkTeacher:
         compile: bool = False,
         normalization: Normalization | None = None,
         student_normalization: Normalization | None = None,
+        input_size: int | Sequence[int] | None = None,
     ):
         if not isinstance(model, nn.Module):
             raise TypeError(f'model must be a torch.nn.Module, not {type(model).__name__}')
@@ -77,6 +85,7 @@ class NetworkTeacher:
         if dtype is not None and not (isinstance(self._dtype, torch.dtype) and self._dtype.is_floating_point):
             raise ValueError(f"dtype must name a floating point dtype of torch, such as 'bfloat16', not {dtype!r}")
         self._affine = _renormalize(student_normalization, normalization)
+        self._input_size = _height_and_width(input_size)
         self._precision = None if precision is None else Precision(precision)
         self._channels_last = channels_last
         self._compile = compile
@@ -84,11 +93,18 @@ class NetworkTeacher:
             load_weights(model, checkpoint, sha256)
             _check_tokenizer(model, checkpoint)
         inner = getattr(model, 'module', None)
+        self.forwards = 0
+        self.replays = False
         self.name = name or type(inner if isinstance(inner, nn.Module) else model).__name__
         self._source = None if checkpoint is None else str(checkpoint)
         self._network: nn.Module | None = model
         self._forward: Any = None
         self._manifest: dict[str, Any] | None = None
+
+    @property
+    def network(self) -> nn.Module | None:
+        """What is asked; ``None`` once it is released."""
+        return self._network
 
     def check(self, student: ComposerModel) -> None:
         """Raise :class:`TeacherError` if this network is in part ``student``, or knows other classes or words."""
@@ -127,12 +143,13 @@ class NetworkTeacher:
             self._forward = torch.compile(network) if self._compile else network
 
     @torch.no_grad()
-    def signal(self, batch: Batch) -> torch.Tensor | DeferredLogits:
+    def signal(self, batch: Batch, keys: torch.Tensor | None = None) -> torch.Tensor | DeferredLogits:
         """The network's logits for a device microbatch, which stays as it is; for its ``positions``, if it has any."""
         if self._forward is None:
             raise TeacherError(f'teacher {self.name} was asked before prepare(), or after release()')
         with self._context():
             logits = logits_of(self._ask(batch))
+        self.forwards += 1
         positions = batch.get('positions') if isinstance(batch, Mapping) else None
         if positions is not None and logits.shape[:-1] == batch['input_ids'].shape:  # it has no eye for positions
             assert isinstance(logits, torch.Tensor)
@@ -183,6 +200,13 @@ class NetworkTeacher:
         if self._affine is not None:
             scale, shift = self._affine
             inputs = inputs * scale + shift
+        if self._input_size is not None and tuple(inputs.shape[-2:]) != self._input_size:
+            if inputs.ndim != 4:
+                raise TeacherError(
+                    f'teacher {self.name} has an input_size, which is for images of shape (N, C, H, W), and was given '
+                    f'inputs of shape {list(inputs.shape)}: leave input_size out'
+                )
+            inputs = F.interpolate(inputs, self._input_size, mode='bilinear', antialias=True)
         if self._dtype is not None:
             inputs = inputs.to(self._dtype)
         if self._channels_last and inputs.ndim == 4:
@@ -192,7 +216,8 @@ class NetworkTeacher:
 
 def _check_tokenizer(model: nn.Module, checkpoint: str | Path) -> None:
     """See whether a network reads with the tokenizer that its weights were trained with, where both are known."""
-    reads, learned = getattr(model, 'tokenizer', None), saved_tokenizer(checkpoint)
+    reads = getattr(model, 'tokenizer', None)
+    learned = None if reads is None else saved_tokenizer(checkpoint)
     if reads is not None and learned is not None and (difference := tokenizer_difference(reads, learned)):
         raise TeacherError(
             f'{checkpoint}: was trained with another tokenizer than the one that is given ({difference}); if that one '
@@ -211,6 +236,15 @@ def _renormalize(student: Normalization | None, teacher: Normalization | None) -
         raise ValueError(f'normalization has {len(mean)} channels, student_normalization {len(student_mean)}')
     # x = image * student_std + student_mean undoes the student's; (x - mean) / std does the teacher's.
     return [(student_std / std).float().view(-1, 1, 1), ((student_mean - mean) / std).float().view(-1, 1, 1)]
+
+
+def _height_and_width(size: int | Sequence[int] | None) -> tuple[int, int] | None:
+    if size is None:
+        return None
+    pixels = (size, size) if not isinstance(size, Sequence) else tuple(size)
+    if len(pixels) != 2 or not all(isinstance(number, int) and number > 0 for number in pixels):
+        raise ValueError(f'input_size is a number of pixels, or (height, width), not {size!r}')
+    return pixels
 
 
 def _mean_and_std(normalization: Normalization) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,11 +7,14 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 
+from composer_kd.topk import TopKLogits
 from composer_kd.vocabulary import DeferredLogits
 
 if TYPE_CHECKING:
     from composer.core import Batch, State
     from composer.models import ComposerModel
+
+Signal = torch.Tensor | DeferredLogits | TopKLogits
 
 
 class TeacherError(RuntimeError):
@@ -20,9 +23,29 @@ class TeacherError(RuntimeError):
 
 @runtime_checkable
 class Teacher(Protocol):
-    """Where a signal comes from. The losses never know."""
+    """Where a signal comes from. The losses never know.
 
-    name: str
+    A teacher that has weights may show its network as ``network``, a :class:`torch.nn.Module` or ``None``: a pool that
+    keeps them on the host then sees to it that they are on the device whenever the teacher is asked.
+    """
+
+    @property
+    def name(self) -> str:
+        """What errors and checkpoints call it."""
+        ...
+
+    @property
+    def forwards(self) -> int:
+        """Passes through a network since the teacher was made; 0 for ever if it has none."""
+        ...
+
+    @property
+    def replays(self) -> bool:
+        """Whether it must know which samples, in which views, it is asked about.
+
+        It is given their keys then, and nothing may change the inputs after the loader.
+        """
+        ...
 
     def check(self, student: ComposerModel) -> None:
         """Raise :class:`TeacherError` if this teacher cannot teach ``student``; costs no forward pass."""
@@ -32,10 +55,13 @@ class Teacher(Protocol):
         """Get ready on the device of ``state``; asked once, before the first batch."""
         ...
 
-    def signal(self, batch: Batch) -> torch.Tensor | DeferredLogits:
+    def signal(self, batch: Batch, keys: torch.Tensor | None = None) -> Signal:
         """Logits for a microbatch that is on the device: the student's shape, any float dtype, no gradient.
 
-        A mapping may hold ``positions``, shape (M,): those of the N L flattened positions whose logits are wanted.
+        Args:
+            batch: A mapping may hold ``positions``, shape (M,): those of the N L flattened positions whose logits are
+                wanted.
+            keys: Sample id and view of each sample, int64 on the CPU, shape (N, 2). Default: ``None``, not known.
         """
         ...
 

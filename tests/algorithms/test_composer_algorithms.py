@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from composer import Callback
+from composer import Algorithm, Callback
 from composer import algorithms as ca
 from composer.loss import soft_cross_entropy
 from composer.models import ComposerClassifier, HuggingFaceModel
@@ -20,8 +20,22 @@ from torchvision.datasets import VisionDataset
 from torchvision.models.resnet import Bottleneck, ResNet
 
 from composer_kd import KnowledgeDistillation, NetworkTeacher
+from composer_kd.algorithms.inputs import changes_inputs
 from composer_kd.losses import kl
-from settings import CLASSES, train
+from settings import CLASSES, train, trainer
+
+
+class Remembers(DataLoader):
+    """Knows the inputs that it gave last."""
+
+    def __iter__(self):
+        for batch in super().__iter__():
+            self.inputs = inputs_of(batch).clone()
+            yield batch
+
+
+def inputs_of(batch):
+    return batch['input_ids'] if isinstance(batch, dict) else batch[0]
 
 
 class Witness(Callback):
@@ -30,8 +44,10 @@ class Witness(Callback):
     def __init__(self, teacher):
         self.teacher = copy.deepcopy(teacher).eval()
         self.batches = 0
+        self.saw_other_inputs = False
 
     def before_backward(self, state, logger):
+        self.saw_other_inputs |= not torch.equal(inputs_of(state.batch), state.dataloader.inputs)
         with torch.no_grad():
             logits = self.teacher(state.batch[0]) if isinstance(state.batch, (tuple, list)) else self.ask(state.batch)
         said = state.outputs if isinstance(state.outputs, torch.Tensor) else state.outputs.logits
@@ -66,7 +82,7 @@ class Pictures(VisionDataset):
 
 
 def images():
-    return DataLoader(Pictures(), batch_size=16, drop_last=True)
+    return Remembers(Pictures(), batch_size=16, drop_last=True)
 
 
 VISION = {
@@ -104,18 +120,21 @@ VISION = {
 
 
 # Composer's algorithms warn of what they cannot do on a CPU or after a resume; one passes PIL an argument of old.
-@pytest.mark.filterwarnings(
+that_warn = pytest.mark.filterwarnings(
     'ignore::UserWarning',
     'ignore::composer.algorithms.warnings.NoEffectWarning',
     "ignore:'mode' parameter is deprecated:DeprecationWarning",
 )
+
+
+@that_warn
 @pytest.mark.parametrize('order', ['before', 'after'])
 @pytest.mark.parametrize('name', VISION)
 def test_vision(name, order):
     teacher = resnet(2)
     witness = Witness(teacher)
     distillation = KnowledgeDistillation(NetworkTeacher(ComposerClassifier(teacher, num_classes=CLASSES)))
-    algorithms = [VISION[name](), distillation]
+    algorithms = [algorithm := VISION[name](), distillation]
     run = train(
         algorithms if order == 'before' else algorithms[::-1],
         model=ComposerClassifier(resnet(1), num_classes=CLASSES),
@@ -127,6 +146,7 @@ def test_vision(name, order):
     assert witness.batches == distillation.pool.forwards == passes
     assert math.isfinite(run.state.total_loss_dict['loss/train/total'])
     assert run.state.algorithms[-1] is distillation
+    assert changes_inputs(algorithm) == witness.saw_other_inputs
 
 
 class Interpolated(Callback):
@@ -178,7 +198,7 @@ def sentences():
     ids = torch.randint(40, (48, 16), generator=generator)
     labels = ids.masked_fill(torch.rand(48, 16, generator=generator) > 0.3, -100)
     rows = [{'input_ids': row, 'attention_mask': row * 0 + 1, 'labels': label} for row, label in zip(ids, labels)]
-    return DataLoader(rows, batch_size=16)
+    return Remembers(rows, batch_size=16)
 
 
 LANGUAGE = {
@@ -198,13 +218,53 @@ def test_language(name):
     teacher = HuggingFaceModel(bert(2), use_logits=False)
     witness = Witness(teacher)
     distillation = KnowledgeDistillation(NetworkTeacher(teacher))
+    algorithms = LANGUAGE[name]()
     train(
-        [distillation, *LANGUAGE[name]()],
+        [distillation, *algorithms],
         model=HuggingFaceModel(bert(1), use_logits=False),
         train_dataloader=sentences(),
         callbacks=witness,
     )
     assert witness.batches == distillation.pool.forwards == 6
+    assert any(map(changes_inputs, algorithms)) == witness.saw_other_inputs
+
+
+@that_warn
+def test_these_are_all_algorithms_of_composer():
+    known = {type(algorithm) for make in LANGUAGE.values() for algorithm in make()}
+    known |= {type(make()) for make in VISION.values()}
+    known.add(ca.NoOpModel)  # which puts a model of no parameters in place of the student
+    there_are = {x for x in vars(ca).values() if isinstance(x, type) and issubclass(x, Algorithm)}
+    assert known == there_are and not changes_inputs(ca.NoOpModel())
+
+
+class Recorded:
+    """Speaks of samples by their names, as a record does."""
+
+    name, forwards, replays = 'stored', 0, True
+
+    def check(self, student): ...
+
+    prepare = release = check
+
+    def manifest(self):
+        return {'sha256': ''}
+
+    def signal(self, batch, keys=None):
+        return torch.zeros(len(keys), CLASSES)
+
+
+@that_warn
+@pytest.mark.parametrize('name', VISION)
+def test_a_record_is_of_what_the_loader_gives(name):
+    algorithms = [VISION[name](), KnowledgeDistillation(Recorded())]
+    model = ComposerClassifier(resnet(1), num_classes=CLASSES)
+    if not any(map(changes_inputs, algorithms)):
+        trainer(algorithms, model=model).close()
+        return
+    changing = type(VISION[name]()).__name__
+    with pytest.raises(ValueError, match=f'^{changing} changes inputs .* of teacher stored .*: leave {changing} out'):
+        trainer(algorithms, model=model)
 
 
 class CausalWitness(Callback):

@@ -6,12 +6,22 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
+from composer import Algorithm, Callback
+from composer import algorithms as ca
+from composer.core import Event
 from composer.models import ComposerClassifier
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
 
 from composer_kd import EarlyStopDistillation, KnowledgeDistillation, NetworkTeacher, TeacherError, TeacherSampling
-from composer_kd.algorithms.knowledge_distillation import blend
-from composer_kd.losses import kl
+from composer_kd.algorithms.knowledge_distillation import blend, distills
+from composer_kd.data import data_spec
+from composer_kd.losses import kl, topk, topk_kl
+from composer_kd.recording import RowFormat
+from composer_kd.teachers.pool import convex_weights
+from composer_kd.topk import TopKLogits
 from settings import CLASSES, classifier, data, logged, network, teachers, train, trainer, weights
 
 
@@ -216,6 +226,216 @@ def test_warm_starts(tmp_path):
     assert run.state.algorithms[-1].pool.forwards == 8  # the weights alone: another teacher may go on with them
 
 
+IMAGES = data().dataset.tensors[0]
+
+
+class Recorded:
+    """Speaks of samples by their names, as a record does; it sees to it that they are the right ones."""
+
+    name, forwards, replays = 'stored', 0, True
+
+    def __init__(self, top=False):
+        self.top = top
+        self.format = RowFormat(CLASSES, 2, 'float32', (1.0, 4.0)) if top else None
+        self.views = []
+        torch.manual_seed(0)
+        self.logits = torch.randn(len(IMAGES), CLASSES)
+
+    def check(self, student): ...
+
+    prepare = release = check
+
+    def manifest(self):
+        return {'sha256': ''}
+
+    def signal(self, batch, keys=None):
+        samples, views = keys.unbind(1)
+        assert keys.dtype == torch.int64 and torch.equal(IMAGES[samples], batch[0])
+        self.views += views.tolist()
+        logits = self.logits[samples]
+        return TopKLogits.of(logits, 2, (1.0, 4.0)) if self.top else logits
+
+
+def small_last_batch():
+    return data_spec(data().dataset.dataset, batch_size=24, train=True, num_workers=0, drop_last=False)
+
+
+OPTIONS = {
+    'batches': {},
+    'microbatches': {'device_train_microbatch_size': 5},
+    'last_batch_is_small': {'train_dataloader': lambda: small_last_batch()},
+    'sam': {'algorithms': lambda: [ca.SAM(interval=1)]},
+}
+
+
+@pytest.mark.filterwarnings('ignore:SAM', 'ignore:Cannot split tensor')
+@pytest.mark.parametrize('sampling', [[], [TeacherSampling(per='sample')]])
+@pytest.mark.parametrize('name', OPTIONS)
+def test_keys_are_those_of_the_samples(name, sampling):
+    options = {key: value() if callable(value) else value for key, value in OPTIONS[name].items()}
+    teacher = Recorded()
+    train([*options.pop('algorithms', []), KnowledgeDistillation([teacher]), *sampling], **options)
+    passes = 2 if name == 'sam' else 1
+    assert teacher.views == [0] * passes * len(IMAGES) + [1] * passes * len(IMAGES)
+
+
+class Drops(Algorithm):
+    """Changes the number of samples, in a way that nobody could know."""
+
+    def __init__(self, event):
+        self.event = event
+
+    def match(self, event, state):
+        return event == self.event
+
+    def apply(self, event, state, logger):
+        state.batch = [x[:-1] for x in state.batch]
+
+
+@pytest.mark.parametrize('event', [Event.AFTER_DATALOADER, Event.BEFORE_FORWARD])
+def test_a_batch_that_is_not_the_loaders_is_refused(event):
+    model = classifier(1)
+    model.train_metrics = MeanMetric()  # of nothing, since others would fail first
+    model.update_metric = lambda batch, outputs, metric: metric.update(0.0)
+    run = trainer([KnowledgeDistillation(Recorded()), Drops(event)], model=model)
+    with pytest.raises(TeacherError, match='a batch has 31 samples, but came from the loader with 32: something has'):
+        run.fit()
+    run.close()
+
+
+def test_a_loader_that_does_not_know_its_samples_is_refused():
+    loader = DataLoader(data().dataset.dataset, batch_size=32)
+    run = trainer([KnowledgeDistillation(Recorded())], train_dataloader=loader)
+    with pytest.raises(TeacherError, match=r'make the training loader with composer_kd\.data\.data_spec'):
+        run.fit()
+    run.close()
+
+
+def test_the_largest_logits_of_a_teacher():
+    class Check(Callback):
+        def before_backward(self, state, logger):
+            keys = state.dataloader.keys[:, 0]
+            values, indices, tail = topk(teacher_logits=teacher.logits[keys], k=2, temperature=4.0)
+            expected = topk_kl(
+                student_logits=state.outputs, teacher_values=values, teacher_indices=indices, teacher_tail=tail,
+                temperature=4.0,
+            )  # fmt: skip
+            torch.testing.assert_close(state.loss['kd'], expected)
+            seen.append(state.loss['kd'])
+
+    seen, teacher = [], Recorded(top=True)
+    train([KnowledgeDistillation(teacher)], callbacks=Check())
+    assert len(seen) == 8
+
+
+@pytest.mark.parametrize(
+    'options, message',
+    [
+        ({'loss': 'mse'}, "only a teacher's 2 largest logits are recorded, which are enough for loss='kl'"),
+        ({'loss': functools.partial(kl, axis=-1)}, "only a teacher's 2 largest logits"),
+        ({'softmax_axis': 'sequence'}, "only a teacher's 2 largest logits"),
+        ({'temperature': 3}, 'known in sum at temperatures 1, 4, not at 3: distill at one of these, or record anew'),
+    ],
+)
+def test_a_loss_that_needs_all_logits_is_refused_before_training(options, message):
+    with pytest.raises(TeacherError, match=message):
+        trainer([KnowledgeDistillation(Recorded(top=True), **options)])
+
+
+def test_largest_logits_that_would_be_averaged_are_refused_before_a_batch():
+    run = trainer([KnowledgeDistillation([Recorded(top=True), Recorded(top=True)])])
+    with pytest.raises(TeacherError, match='which cannot be averaged: hear one of them per batch'):
+        run.fit()
+    assert run.state.timestamp.batch == 0
+    run.close()
+    train([KnowledgeDistillation([Recorded(top=True), Recorded(top=True)]), TeacherSampling()])
+
+
+@given(st.integers(0, 2**63), st.integers(0, 10**6), st.integers(1, 5), st.floats(0.01, 1))
+def test_whether_a_batch_distills_is_a_function_of_its_arguments(seed, batch, interval, probability):
+    answer = distills(seed, batch, interval=interval, probability=probability)
+    assert answer == distills(seed, batch, interval=interval, probability=probability)
+    assert answer <= (batch % interval == 0)
+    assert distills(seed, batch * interval, interval=interval)
+
+
+def test_the_share_of_batches_that_distill():
+    assert sum(distills(7, batch, probability=0.3) for batch in range(20_000)) / 20_000 == pytest.approx(0.3, abs=0.01)
+    run = train([KnowledgeDistillation(teachers(1), probability=0.5, interval=2)], max_duration='4ep')
+    expected = {batch: float(distills(3, batch, interval=2, probability=0.5)) for batch in range(16)}
+    assert logged(run, 'distillation/active') == expected and 0 < sum(expected.values()) < 8
+
+
+class Hears(Callback):
+    """Compares the loss with that of a mean that is made as one would by hand."""
+
+    def __init__(self, networks, mean):
+        self.networks = [copy.deepcopy(network).eval() for network in networks]
+        self.mean = mean
+        self.batches = 0
+
+    def before_backward(self, state, logger):
+        images, labels = state.batch
+        with torch.no_grad():
+            said = torch.stack([network(images) for network in self.networks])
+        expected = kl(
+            student_logits=state.outputs, teacher_logits=self.mean(said, labels, state.timestamp.batch.value),
+            temperature=4.0,
+        )  # fmt: skip
+        torch.testing.assert_close(state.loss['kd'], expected)
+        self.batches += 1
+
+
+def those_that_are_right(said, labels, batch):
+    rows = []
+    for sample, label in enumerate(labels):
+        right = [logits[sample] for logits in said if logits[sample].argmax() == label]
+        rows.append(torch.stack(right or [logits[sample] for logits in said]).mean(0))
+    return torch.stack(rows)
+
+
+MEANS = {
+    'weights': ({'weights': [1, 2, 5]}, lambda said, *_: (said[0] + 2 * said[1] + 5 * said[2]) / 8),
+    'random': (
+        {'weights': 'random'},
+        lambda said, labels, batch: torch.einsum('t,tnc->nc', torch.tensor(convex_weights(3, batch, 3)), said),
+    ),
+    'probabilities': ({'average': 'probabilities'}, lambda said, *_: (said / 4).softmax(-1).mean(0).log() * 4),
+    'only_correct': ({'only_correct': True}, those_that_are_right),
+}
+
+
+@pytest.mark.parametrize('microbatch', [None, 8])
+@pytest.mark.parametrize('name', MEANS)
+def test_the_mean_of_several(name, microbatch):
+    options, mean = MEANS[name]
+    networks = [network(seed) for seed in (5, 6, 7)]
+    hears = Hears(networks, mean)
+    distillation = KnowledgeDistillation([NetworkTeacher(x) for x in networks], **options)
+    train([distillation], callbacks=hears, device_train_microbatch_size=microbatch)
+    assert hears.batches == (8 if microbatch is None else 32)
+
+
+def test_only_correct_needs_classes():
+    def distillation():
+        return KnowledgeDistillation(teachers(2), only_correct=True)
+
+    for mixing in (ca.MixUp(), ca.CutMix(interpolate_loss=True)):
+        with pytest.raises(ValueError, match=f'{type(mixing).__name__} makes one sample of two'):
+            trainer([distillation(), mixing])
+    grades = classifier(1)
+    grades.num_classes = 1
+    with pytest.raises(TeacherError, match='only_correct is for classes, of which one is right'):
+        trainer([KnowledgeDistillation([NetworkTeacher(network(2))] * 2, only_correct=True)], model=grades)
+    loader = data()
+    loader.dataset.tensors = (IMAGES, torch.nn.functional.one_hot(loader.dataset.tensors[1]).float())
+    run = trainer([distillation()], train_dataloader=loader)
+    message = r'whole numbers of shape \[32\]; this batch has torch.float32 \[32, 5\]: leave only_correct out'
+    with pytest.raises(TeacherError, match=message):
+        run.fit()
+    run.close()
+
+
 def test_a_second_distilling_algorithm_is_refused():
     with pytest.raises(ValueError, match='a run distills by one algorithm'):
         trainer([KnowledgeDistillation(teachers(1)), KnowledgeDistillation(teachers(1))])
@@ -237,6 +457,11 @@ def test_a_sister_without_distillation_is_refused(sister):
         ({'interval': 0}, 'interval must be a whole number of batches, 1 or more'),
         ({'interval': 1.5}, 'interval must be a whole number'),
         ({'teachers': []}, 'teachers is empty'),
+        ({'probability': 0}, 'probability must be above 0 and at most 1, not 0'),
+        ({'weights': [1, 2]}, 'weights has 2 numbers for 1 teachers'),
+        ({'record_top': 3}, 'record_top and record_dtype are for a record'),
+        ({'softmax_axis': 'sequence', 'only_correct': True}, 'only_correct compares distributions over classes'),
+        ({'softmax_axis': 'sequence', 'average': 'probabilities'}, "average='probabilities' compares distributions"),
     ],
 )
 def test_bad_arguments(arguments, message):

@@ -45,7 +45,7 @@ def test_teacher_says_in_eval_mode_what_it_says_alone(setting):
     run = trainer(SETTINGS[setting]())
     pool = distiller(run).pool
     before = [teacher.manifest()['sha256'] for teacher in pool.teachers]
-    networks = [teacher._network for teacher in pool.teachers]
+    networks = [teacher.network for teacher in pool.teachers]
     run.fit()
     run.close()
     assert [teacher.manifest()['sha256'] for teacher in pool.teachers] == before

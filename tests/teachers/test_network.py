@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from composer.core import Precision
 from composer.devices import DeviceCPU
 from composer.models import ComposerClassifier
@@ -85,6 +86,33 @@ def test_dtype_and_channels_last():
     assert model[0].weight.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.parametrize('size, shape', [(4, (4, 4)), (12, (12, 12)), ([4, 6], (4, 6)), (8, (8, 8))])
+def test_images_of_its_own_size(size, shape):
+    seen = []
+    model = nn.Sequential(nn.Flatten(), nn.Linear(shape[0] * shape[1], CLASSES))
+    model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    before = IMAGES.clone()
+    assert ready(model, input_size=size).signal(BATCH).shape == (4, CLASSES)
+    expected = F.interpolate(IMAGES, shape, mode='bilinear', antialias=True) if shape != (8, 8) else IMAGES
+    assert torch.equal(seen[0], expected) and torch.equal(IMAGES, before)
+
+
+def test_a_size_is_of_images():
+    with pytest.raises(TeacherError, match=r'input_size, which is for images .* inputs of shape \[4, 64\]'):
+        ready(nn.Linear(64, CLASSES), input_size=8).signal((torch.zeros(4, 64), None))
+
+
+def test_passes_are_counted():
+    teacher = ready(network(1))
+    assert teacher.forwards == 0 and teacher.replays is False
+    teacher.signal(BATCH)
+    teacher.signal(BATCH, torch.zeros(4, 2, dtype=torch.long))
+    assert teacher.forwards == 2
+    assert isinstance(teacher.network, nn.Module)
+    teacher.release()
+    assert teacher.forwards == 2 and teacher.network is None
+
+
 def test_its_own_precision():
     with pytest.raises(ValueError, match='amp_bf17'):
         NetworkTeacher(network(1), precision='amp_bf17')
@@ -131,6 +159,9 @@ def test_class_counts_are_compared():
         ({'sha256': 'ab'}, 'sha256 is of a checkpoint'),
         ({'dtype': 'bfloat17'}, 'dtype must name a floating point dtype of torch'),
         ({'dtype': 'int8'}, 'dtype must name a floating point dtype of torch'),
+        ({'input_size': 0}, r'input_size is a number of pixels, or \(height, width\), not 0'),
+        ({'input_size': (8, 8, 8)}, 'input_size is a number of pixels'),
+        ({'input_size': 7.5}, 'input_size is a number of pixels'),
         ({'normalization': 'imagenet'}, 'belong together'),
         ({'normalization': 'imagenette', 'student_normalization': 'imagenet'}, "unknown normalization 'imagenette'"),
         ({'normalization': ([0.5], [0.5]), 'student_normalization': 'imagenet'}, 'has 1 channels'),
