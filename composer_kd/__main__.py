@@ -1,4 +1,7 @@
-"""`python -m composer_kd FILE [key=value ...]`, and where the launcher hook leads: `python FILE [key=value ...]`."""
+"""`python -m composer_kd FILE [key=value ...]`, and where the launcher hook leads: `python FILE [key=value ...]`.
+
+`composer -n 2 -m composer_kd record FILE` is `composer-kd record FILE` on two ranks.
+"""
 
 import sys
 
@@ -11,6 +14,10 @@ def run_script() -> None:
 
 
 if __name__ == '__main__':
+    if sys.argv[1:2] == ['record']:
+        from composer_kd.cli import main
+
+        sys.exit(main())
     if len(sys.argv) < 2 or sys.argv[1].startswith('-'):
         sys.exit('usage: python -m composer_kd FILE [key=value ...]')
     del sys.argv[0]

@@ -31,15 +31,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     glue.add_argument('--jobs', metavar='N', type=int, help='runs at the same time; default: one for each GPU')
     glue.add_argument('--runs-dir', metavar='DIR', default='runs', help='default: %(default)s')
     glue.add_argument('--kd', action='store_true', help='run the recipes that distill, <task>_kd.yaml')
+    record = commands.add_parser('record', help="write down what a recipe's teachers say, to learn from it later")
+    record.add_argument('file', metavar='RECIPE', help='a recipe with teachers')
+    record.add_argument('overrides', nargs='*', metavar='key=value', help='for the recipe')
+    record.add_argument('--views', metavar='N', type=int, help='how many views of each sample; sets train_data.views')
+    record.add_argument('--out', metavar='DIR', help='the folder of the record; default: records/<name of the recipe>')
+    record.add_argument(
+        '--top', metavar='K', type=int, help='keep the K largest logits; default: 10, if over 32 classes'
+    )
+    record.add_argument('--dtype', choices=('float16', 'float32'), help='default: float16 with K, else float32')
+    record.add_argument('--verify', action='store_true', help='record nothing, but compare some of what is recorded')
+    record.add_argument('-n', '--ranks', metavar='RANKS', type=int, help='processes; default: one for each GPU')
     arguments, rest = parser.parse_known_args(argv)
     # Overrides that stand behind an option are left over.
-    if unknown := [item for item in rest if arguments.command != 'glue' or item.startswith('-')]:
+    if unknown := [item for item in rest if arguments.command not in ('glue', 'record') or item.startswith('-')]:
         parser.error(f'unrecognized arguments: {" ".join(unknown)}')
     work = {
         'check': lambda: check_recipes(arguments.files),
         'export': lambda: export_checkpoint(arguments.checkpoint, arguments.folder),
         'glue': lambda: run_glue(arguments, [*arguments.overrides, *rest]),
+        'record': lambda: record_teachers(arguments, [*arguments.overrides, *rest]),
     }
+    if arguments.command == 'record' and 'RANK' not in os.environ:
+        launch(sys.argv[1:] if argv is None else argv, arguments.ranks)
     return guarded(work[arguments.command])
 
 
@@ -78,6 +92,36 @@ def run_glue(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
         distilled=arguments.kd,
         overrides=overrides,
     )
+
+
+def record_teachers(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
+    """Record what the teachers of a recipe say, on this rank."""
+    import torch.distributed
+
+    from composer_kd.record import record
+
+    record(
+        arguments.file,
+        overrides,
+        views=arguments.views,
+        out=arguments.out,
+        top=arguments.top,
+        dtype=arguments.dtype,
+        verify=arguments.verify,
+    )
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def launch(arguments: Sequence[str], ranks: int | None) -> None:
+    """Become Composer's launcher, which runs this very command on several ranks; return where one is enough."""
+    if ranks is None:
+        import torch
+
+        ranks = torch.cuda.device_count()
+    if ranks > 1:
+        command = [sys.executable, '-m', 'composer.cli', '-n', str(ranks), '-m', 'composer_kd', *arguments]
+        os.execv(sys.executable, command)
 
 
 def run_recipe(file: str, overrides: Sequence[str]) -> int:

@@ -31,6 +31,24 @@ def test_check(capsys):
     assert capsys.readouterr() == ('ok good.yaml\n', "bad.yaml:6: sead: a recipe has no 'sead'; did you mean 'seed'?\n")
 
 
+def test_record_starts_its_ranks(monkeypatch):
+    """The command becomes Composer's launcher of itself, unless it is one of its ranks, or one is enough."""
+    became = []
+    monkeypatch.setattr(cli.os, 'execv', lambda *command: became.append(command))
+    monkeypatch.delenv('RANK', raising=False)
+    cli.main(['record', 'good.yaml', '--views', '2', '-n', '3', 'seed=5'])
+    python = sys.executable
+    launcher = [python, '-m', 'composer.cli', '-n', '3', '-m', 'composer_kd']
+    assert became == [(python, [*launcher, 'record', 'good.yaml', '--views', '2', '-n', '3', 'seed=5'])]
+    monkeypatch.setattr('torch.cuda.device_count', lambda: 2)
+    cli.main(['record', 'good.yaml'])
+    assert became[1][1][4] == '2'
+    cli.main(['record', 'good.yaml', '-n', '1'])
+    monkeypatch.setenv('RANK', '0')
+    cli.main(['record', 'good.yaml', '-n', '3'])
+    assert len(became) == 2
+
+
 def test_version_and_usage(capsys):
     with pytest.raises(SystemExit, match='0'):
         cli.main(['--version'])
@@ -126,6 +144,11 @@ def test_module(capsys, monkeypatch):
     assert done.value.code == 0
     assert capsys.readouterr().out.startswith('good: 0 epochs, 1 batches')
     assert 'seed: 3' in Path('runs/good/recipe.yaml').read_text()
+    monkeypatch.setattr(sys, 'argv', ['composer_kd', 'record', 'good.yaml', '-n', '1'])
+    with pytest.raises(SystemExit) as done:
+        runpy.run_module('composer_kd', run_name='__main__')
+    assert done.value.code == 2
+    assert capsys.readouterr().err == 'good.yaml:1: there is no teacher to record; add a `teachers` section\n'
     for arguments in ([], ['--help']):
         monkeypatch.setattr(sys, 'argv', ['composer_kd', *arguments])
         with pytest.raises(SystemExit) as done:

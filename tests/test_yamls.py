@@ -1,17 +1,21 @@
 """Every YAML that we ship: right by the checker, and trains; twins differ in the distillation alone."""
 
 import json
+import re
+import shlex
 from pathlib import Path
 
 import pytest
 import yaml
 
+from composer_kd import cli
 from composer_kd.models import masked_lm
 from composer_kd.recipes import check, load, run
 from helpers import TINY_BERT, make_imagefolder, make_vocabulary
 
 YAMLS = sorted((Path(__file__).parents[1] / 'yamls').glob('*.yaml'))
 NAMES = [path.stem for path in YAMLS]
+RECORDED = [path for path in YAMLS if path.stem.endswith('_recorded')]
 DISTILLATION = {'knowledge_distillation', 'teacher_sampling', 'early_stop_distillation'}
 
 WORDS = ('cat', 'dog', 'bird', 'fish')
@@ -19,7 +23,12 @@ BERT = TINY_BERT | {'max_position_embeddings': 128}
 SMALL_BERT = [f'model.config.{name}={value}' for name, value in BERT.items()]
 SHRUNK = {
     'digits': ['train_data.batch_size=32'],
-    'fashion': ['train_data={name: fashion_mnist, split: train, batch_size: 32, synthetic: true, subset: 64}'],
+    'fashion': [
+        'train_data.batch_size=32',
+        'train_data.synthetic=true',
+        'train_data.subset=64',
+        'train_data.download=false',
+    ],
     'bert_docs': [*SMALL_BERT, 'train_data.batch_size=8'],
     'bert_text': [*SMALL_BERT, 'train_data.batch_size=8', 'model.tokenizer=vocab.txt'],
     'bert_mlm': [
@@ -47,6 +56,24 @@ def shrunk(path: Path) -> list[str]:
         if 'pretrained' in teacher.get('model', {}):
             overrides.append(f'teachers.{index}.model.pretrained=pretrained')
     return overrides
+
+
+def copy_beside(path: Path, folder: Path) -> Path:
+    """A copy of a recipe, with shrunk ones of its teachers beside it."""
+    folder.mkdir(exist_ok=True)
+    for teacher in load(path).config.get('teachers') or []:
+        if 'recipe' in teacher:
+            source = path.parent / teacher['recipe']
+            (folder / source.name).write_text(yaml.safe_dump(load(source, shrunk(source)).config))
+    copy = folder / path.name
+    copy.write_text(path.read_text())
+    return copy
+
+
+def record_command(path: Path) -> list[str]:
+    """The arguments of the command that makes the record of a recipe, as its header has them."""
+    (command,) = re.findall(r'composer-kd (record yamls/.*)', path.read_text())
+    return shlex.split(command)
 
 
 def local_data(folder: Path, monkeypatch) -> None:
@@ -80,18 +107,18 @@ def test_checks(path):
 def test_trains_two_batches(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     local_data(tmp_path, monkeypatch)
-    recipe = tmp_path / 'yamls' / path.name
-    recipe.parent.mkdir()
-    recipe.write_text(path.read_text())
-    for teacher in load(path).config.get('teachers') or []:
-        if 'recipe' in teacher:  # a shrunk one, beside the recipe
-            source = path.parent / teacher['recipe']
-            config = load(source, shrunk(source)).config
-            (recipe.parent / teacher['recipe']).write_text(yaml.safe_dump(config))
+    recipe = copy_beside(path, tmp_path / 'yamls')
+    is_recorded = path in RECORDED
+    if is_recorded:
+        command, file, *options = record_command(path)
+        twin = path.parents[1] / file
+        copy_beside(twin, tmp_path / 'yamls')
+        assert cli.main([command, file, *shrunk(twin), *options, '-n', '1']) == 0
     summary = run(recipe, shrunk(path))
     assert summary['batches'] == 2
     distills = 'teachers' in load(path).config
-    assert (summary['teacher_forwards'] > 0) == distills
+    assert (summary['teacher_forwards'] > 0) == (distills and not is_recorded)
+    assert ('loss/train/kd' in summary['metrics']) == distills
     folder = tmp_path / 'runs' / path.stem
     assert json.loads((folder / 'summary.json').read_text()) == summary
     assert (folder / summary['checkpoint']).is_file() and (folder / 'curves.png').is_file()
@@ -112,6 +139,22 @@ def test_a_twin_differs_in_the_distillation_alone(path):
 
     assert undistilled(path) == load(baseline).config
     assert set(content(baseline)) < set(content(path))
+
+
+@pytest.mark.parametrize('path', RECORDED, ids=lambda path: path.stem)
+def test_a_recorded_twin_differs_in_the_teacher_and_its_views_alone(path):
+    command = record_command(path)
+    twin = path.parents[1] / command[1]
+    assert twin.name == path.name.replace('_recorded', '_kd')
+    recorded, online = load(path).config, load(twin).config
+    (teacher,) = recorded.pop('teachers')
+    assert teacher == {'name': 'recorded', 'path': f'records/{twin.stem}'}
+    del online['teachers']
+    for name in ('augment', 'views'):
+        if value := recorded['train_data'].pop(name, None):
+            given = f'train_data.{name}={str(value).lower()}' if name == 'augment' else f'--{name} {value}'
+            assert given in shlex.join(command)
+    assert recorded == online
 
 
 @pytest.mark.parametrize('path', YAMLS, ids=NAMES)
