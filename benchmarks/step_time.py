@@ -516,8 +516,8 @@ def compare_times(seconds: Seconds, ratios: dict[str, tuple[list[str], list[str]
     }
 
 
-def options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description='Times one step of distillation, ours and that of others.')
+def options(what: str = 'one step of distillation, ours and that of others') -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=f'Times {what}.')
     networks = [name for name in models.__all__ if 'resn' in name]  # no dropout: all must do the same
     parser.add_argument('--quick', action='store_true', help='see in seconds that it works; the figures mean nothing')
     parser.add_argument('--device', choices=('cpu', 'cuda'), default='cuda' if torch.cuda.is_available() else 'cpu')

@@ -82,6 +82,18 @@ def test_step_time_bert():
     assert max(row['gaps'].values()) < 1e-4
 
 
+def test_pool():
+    _, row = quick('pool', '--teacher', 'cifar_resnet20')
+    assert set(row['ratios']) == {'sampled_4 / one_teacher', 'average_4 / one_teacher'}
+    assert row['cpu_time_ratios']['average_4 / one_teacher'] > row['cpu_time_ratios']['sampled_4 / one_teacher']
+    # They are copies of one network, so all learn the same; only a mean has rounding errors of its own.
+    assert row['gaps']['sampled_4'] == 0 and row['gaps']['average_4'] < 1e-4
+    on_device = row['weights_of_teachers_mib']
+    assert on_device['sampled, host']['4'] == on_device['sampled, host']['2']
+    for name in ('sampled, device', 'average, device'):
+        assert on_device[name]['4'] == pytest.approx(2 * on_device[name]['2'], rel=0.01)
+
+
 @pytest.mark.parametrize('masked', [0.15, 1.0])
 def test_lm_loss(masked):
     output, row = quick('lm_loss', '--masked', str(masked), '--chunk-size', '16')
@@ -112,6 +124,42 @@ def test_lm_loss_has_no_result_for_other_work(monkeypatch):
     results['ours'] = lm_loss.step(lm_loss.ours, problem)
     with pytest.raises(SystemExit, match='ours does other work than dense_then_select: loss or gradients differ by'):
         lm_loss.compare(results)
+
+
+def test_record():
+    output, row = quick('record')
+    assert {'online / student_only', 'record_top / student_only', 'online / record_all'} <= set(row['ratios'])
+    # All logits, in float32, teach what the network teaches, to the last bit; 10 of 1000 do not.
+    assert row['gaps']['record_all'] == 0 < row['gaps']['record_top']
+    assert 0 < row['bytes_per_sample']['record_top'] < 4000 < row['bytes_per_sample']['record_all'] < 4100
+    assert row['recording']['ratios']['forward / recording'] > 0
+    for peer in ('torchdistill', 'textbrewer'):
+        left_out = importlib.util.find_spec(peer) is None
+        assert left_out == (f'{peer} is not installed: left out' in output) == (peer not in row['seconds'])
+    for temperature in (1, 4):
+        unsaid = [some for some in row['unsaid'] if some['temperature'] == temperature]
+        assert [some['k'] for some in unsaid] == [1, 2, 5, 10, 50, 100, 1000]
+        for name in ('mass', 'of_loss'):
+            assert [some[name] for some in unsaid] == sorted((some[name] for some in unsaid), reverse=True)
+        assert all(some['of_gradient'] < some['of_gradient_without'] for some in unsaid[:4])
+        assert all(unsaid[-1][name] == 0 for name in ('mass', 'of_loss', 'of_gradient', 'of_gradient_without'))
+
+
+def test_record_has_no_result_for_other_work():
+    import record
+
+    def network(weight):
+        linear = torch.nn.Linear(1, 1, bias=False)
+        torch.nn.init.constant_(linear.weight, weight)
+        return linear
+
+    # As shares of a way from 0 to 1: what knows 10 logits alone may end elsewhere, and what has another teacher must.
+    students = {'student_only': 0.2, 'online': 1.0, 'record_top': 0.7, 'record_all': 0.99}
+    networks = {name: network(weight) for name, weight in students.items()}
+    gaps = record.compare(networks, record.weights(network(0.0)))
+    assert gaps == {'record_top': pytest.approx(0.3), 'record_all': pytest.approx(0.01)}
+    with pytest.raises(SystemExit, match=r'textbrewer does other work than online: its weights differ by 0\.1 of the'):
+        record.compare({**networks, 'textbrewer': network(1.1)}, record.weights(network(0.0)))
 
 
 def test_twins(tmp_path, monkeypatch, capsys):
