@@ -102,15 +102,16 @@ class ReplayableViews(VisionDataset):
 
     def __getitem__(self, index: int | Key) -> Any:
         """One sample, in view 0 unless (index, view) is asked for."""
-        return self.__getitems__([index if isinstance(index, tuple) else (index, 0)])[0]
+        return self.__getitems__([index])[0]
 
-    def __getitems__(self, keys: Sequence[Key]) -> list[Any]:
+    def __getitems__(self, keys: Sequence[int | Key]) -> list[Any]:
         """Samples, one by one: their draws would mix, if the data set made them all at once."""
-        numbers = BatchRandom(self.seed, as_keys(keys))
+        pairs = as_keys(keys)
+        numbers = BatchRandom(self.seed, pairs)
         seeds = zip(*(numbers.bits(draw) for draw in range(3)), strict=True)
         samples = []
         with _global_generators_kept():
-            for (index, _), (of_torch, of_python, of_numpy) in zip(keys, seeds, strict=True):
+            for index, (of_torch, of_python, of_numpy) in zip(pairs[:, 0].tolist(), seeds, strict=True):
                 # Not torch.manual_seed, which seeds the GPUs too.
                 torch.default_generator.manual_seed(int(of_torch))
                 random.seed(int(of_python))

@@ -202,6 +202,13 @@ def test_views_from_workers_are_those_made_here(kind):
     assert not any(torch.equal(first[index, 0], second[index, 1]) for index in range(SAMPLES))
 
 
+def test_a_plain_index_means_view_0():
+    views = ReplayableViews(Marks(), seed=5)
+    samples = views.__getitems__([(3, 0), (1, 0)])
+    assert all(torch.equal(one, other) for one, other in zip(samples, views.__getitems__([3, 1]), strict=True))
+    assert torch.equal(samples[1], views[1])
+
+
 def test_the_runs_own_streams_know_nothing_of_it():
     def numbers(use):
         torch.manual_seed(1)
