@@ -6,6 +6,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -123,6 +124,17 @@ def train_one_batch(model, input_ids, labels, folder):
     )
     trainer.fit()
     trainer.close()
+
+
+@contextmanager
+def another_writer(record):
+    """Another process, which has the lock of a record."""
+    code = 'import fcntl, sys; f = open(sys.argv[1], "w"); fcntl.flock(f, fcntl.LOCK_EX); print(1, flush=True); input()'
+    command = [sys.executable, '-S', '-c', code, str(Path(record, '.lock'))]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        yield
+        process.communicate(b'\n')
 
 
 def on_two_ranks(code, folder):

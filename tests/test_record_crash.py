@@ -25,7 +25,7 @@ max_duration: 3ep
 model: {name: small_convnet, num_classes: 10, width: 2}
 teachers: [{name: network, model: {name: small_convnet, num_classes: 10, width: 4, depth: 2}}]
 train_data:
-  {name: fashion_mnist, split: train, batch_size: 16, synthetic: true, subset: 300, augment: true, views: 2}
+  {name: fashion_mnist, split: train, batch_size: 16, synthetic: true, subset: 170, augment: true, views: 2}
 optimizer: {name: decoupled_sgdw, lr: 0.1, momentum: 0.9}
 algorithms: {knowledge_distillation: {temperature: 3.0}}
 save_interval: 3ba
@@ -104,7 +104,7 @@ def shards(path):
 
 
 def weights():
-    (checkpoint,) = Path('runs/killed/checkpoints').glob('*-ba54-rank0.pt')
+    (checkpoint,) = Path('runs/killed/checkpoints').glob('*-ba30-rank0.pt')
     return torch.load(checkpoint, weights_only=False)['state']['model']
 
 

@@ -221,13 +221,11 @@ class RecordingTeacher:
         if self.format is None:
             raise TeacherError(f'teacher {self.name} was to be prepared before check()')
         self.teacher.prepare(state)
-        row_format, loader = self.format, loader_with_keys(state.dataloader)
+        row, loader, fields = self.format, loader_with_keys(state.dataloader), {}
         self._state = state
 
-        fields = {}
-
         def begin() -> None:
-            fields.update(manifest_fields(row_format, self.manifest(), loader.identity(), state.precision.value))
+            fields.update(manifest_fields(row, self.manifest(), loader.identity(), state.precision.value))
             if dist.get_global_rank() == 0:
                 lock_record(self.path)
                 seal(Record.create(self.path, fields))
