@@ -25,6 +25,7 @@ from composer_kd.recipes.check import Call, Plan, check, takes_teachers
 from composer_kd.recipes.load import load
 from composer_kd.recipes.run import assemble, start
 from composer_kd.recording import Journal, Record, RecordError, RowFormat, differences, seal
+from composer_kd.recording.manifest import shard_samples
 from composer_kd.teachers import Teacher, TeacherError, TeacherPool
 from composer_kd.teachers.batches import samples_in
 from composer_kd.teachers.recorded import (
@@ -179,8 +180,9 @@ class _Work:
         for teacher in teachers:
             teacher.prepare(state)
         data, precision = spec.dataloader.identity(), state.precision.value
+        of_shard = {'shard_samples': shard_samples(data['samples'], spec.dataloader.batch_size * dist.get_world_size())}
         fields = [
-            manifest_fields(row, teacher.manifest(), data, precision)
+            manifest_fields(row, teacher.manifest(), data, precision) | of_shard
             for row, teacher in zip(formats, teachers, strict=True)
         ]
         pairs = list(zip(folders, fields, strict=True))

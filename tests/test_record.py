@@ -68,7 +68,7 @@ def test_records_once_and_says_how_to_use_it(capsys):
     assert errors == ''
     assert re.fullmatch(
         r'records/x: what small_convnet says about 1,297 samples in 1 view, all 10 logits, float32\n'
-        r'  0\.1 MiB, 44\.4 bytes for each sample and view\n'
+        r'  0\.1 MiB, 44\.3 bytes for each sample and view\n'
         r'recorded 1,297 samples in [\d.]+ s, [\d,]+ a second; to learn from it without a network:\n'
         r"  teachers: \[\{name: recorded, path: 'records/x'\}\]\n",
         said,
@@ -332,7 +332,7 @@ def test_a_teacher_that_says_nan(capsys):
     )
     assert record('x.yaml', 'teachers=[{name: network, model: {name: odd.odd}}]') == 1
     message = (
-        'command line: teachers: teacher odd, samples 0 to 81 in view 0: a logit of the teacher is NaN or infinite\n'
+        'command line: teachers: teacher odd, samples 0 to 127 in view 0: a logit of the teacher is NaN or infinite\n'
     )
     assert capsys.readouterr().err == message
     assert not shards('records/x')
