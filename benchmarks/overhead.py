@@ -6,7 +6,8 @@ One student and one teacher on augmented Fashion-MNIST, as many epochs each. Eve
 start it, by Composer's launcher, one after another; the settings take turns, so that whatever else the machine has to
 do meanwhile is nobody's gain. Runs that are finished already are read, not repeated.
 
-The overhead of a way is what its runs take longer than those without a teacher. Recording is done once, for all seeds
+The overhead of a way is what its runs take longer than those without a teacher; beside it stand the seconds that were
+spent on the teacher alone, which other work on the machine disturbs less. Recording is done once, for all seeds
 and whatever runs come later; its own seconds are given beside.
 """
 
@@ -70,24 +71,27 @@ def main() -> None:
     quality = {way: [quality_of(run, _METRIC) for run in done] for way, done in runs.items()}
     online = seconds['online'] - seconds['no teacher']
     cut = {way: 1 - (seconds[way] - seconds['no teacher']) / online for way in ways}
+    spent = {way: median(run['teacher_seconds'] for run in done) for way, done in runs.items()}
     once = {_recorded(views): value for views, value in recording.items()}
     print(f'\n| {arguments.seeds} seeds, {arguments.epochs} epochs | accuracy, median | lowest - highest |', end='')
-    print(' training, median | overhead cut by | forward passes | once, beforehand |\n|---|---|---|---|---|---|---|')
+    print(" training, median | overhead cut by | teacher's seconds | cut by | once, beforehand |")
+    print('|---|---|---|---|---|---|---|---|')
     for way, values in quality.items():
         beforehand = f'{once[way]:.1f} s' if way in once else ''
-        forwards = runs[way][0]['teacher_forwards']
         print(
             f'| {way} | {median(values):.4f} | {min(values):.4f} - {max(values):.4f} | {seconds[way]:.1f} s | '
-            f'{"" if way == "no teacher" else format(cut[way], ".0%")} | {forwards or ""} | {beforehand} |'
+            f'{cut[way]:.0%} | {spent[way]:.1f} s | {1 - spent[way] / spent["online"]:.0%} | {beforehand} |'
         )
     figures = {
         'ratios': {f'overhead, {way} / online': round(1 - cut[way], 4) for way in ways if way != 'no teacher'},
         'quality': quality,
         'train_seconds': {way: [run['train_seconds'] for run in done] for way, done in runs.items()},
+        'teacher_seconds': {way: [run['teacher_seconds'] for run in done] for way, done in runs.items()},
         'teacher_forwards': {way: done[0]['teacher_forwards'] for way, done in runs.items()},
         'recording_seconds': once,
         'teacher_training_seconds': runs['online'][0]['teacher_training_seconds'],
         'epochs': arguments.epochs,
+        'git_commit_of_runs': runs['online'][0]['git_commit'],
         'seeds': [*range(FIRST_SEED, FIRST_SEED + arguments.seeds)],
     }
     print()
