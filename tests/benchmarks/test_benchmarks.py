@@ -12,6 +12,7 @@ import torch
 
 from composer_kd import models
 from composer_kd.recipes import run
+from helpers import unpack_fashion_mnist
 
 ROOT = Path(__file__).parents[2]
 
@@ -216,3 +217,21 @@ def test_twins_that_are_fine_tuned(tmp_path, monkeypatch, capsys):
     row = check(capsys.readouterr().out, 'twins')
     assert row['quality'] == accuracy
     assert row['then'].endswith('text_classification.yaml')
+
+
+def test_overhead(tmp_path):
+    data = unpack_fashion_mnist(tmp_path / 'data')
+    done = subprocess.run(
+        [sys.executable, 'benchmarks/overhead.py', '--quick', '--runs-dir', str(tmp_path / 'runs')],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, 'OMP_NUM_THREADS': '1', 'FASHION_MNIST_DIR': str(data)},
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    row = json.loads(done.stdout.splitlines()[-1])
+    assert row['benchmark'] == 'overhead' and '| recorded, 1 view |' in done.stdout
+    # Every batch is heard online, and from the record no network is asked.
+    assert row['teacher_forwards'] == {'no teacher': 0, 'online': 8, 'recorded, 1 view': 0, 'stopped at 0.3dur': 3}
+    assert row['recording_seconds']['recorded, 1 view'] > 0
