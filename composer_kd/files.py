@@ -5,10 +5,18 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import secrets
 from pathlib import Path
 from typing import Any
 
 _descriptors: dict[Path, int] = {}  # the lock files that this process holds
+_locked: set[int] = set()  # descriptors of all files that it has locked
+_process = secrets.token_hex(4)  # process ids alone come again on other machines
+
+
+def unfinished(path: Path) -> Path:
+    """Where this process, and no other one, writes a file before it gets its name."""
+    return path.with_name(f'.{path.name}.{os.getpid()}-{_process}.tmp')
 
 
 def write(path: Path, *parts: Any) -> None:
@@ -21,7 +29,7 @@ def write(path: Path, *parts: Any) -> None:
     Raises:
         OSError: It cannot be written; then nothing half-written is left.
     """
-    beside = path.with_name(f'.{path.name}.tmp')
+    beside = unfinished(path)
     try:
         with beside.open('wb') as file:
             for part in parts:
@@ -53,8 +61,31 @@ def remove_unfinished(folder: Path, names: str) -> None:
         folder: Where they lie.
         names: A pattern of their names.
     """
-    for beside in folder.glob(f'.{names}.tmp'):
+    for beside in folder.glob(f'.{names}*.tmp'):
         beside.unlink(missing_ok=True)
+
+
+def lock(descriptor: int) -> bool:
+    """Lock an open file for this process, until `unlock_and_close` or its end; False if another one has it.
+
+    Never waits. Forked processes do not hold it, nor the descriptor.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass  # a file system that knows no locks is no reason not to work
+    _locked.add(descriptor)
+    return True
+
+
+def unlock_and_close(descriptor: int) -> None:
+    """Let go of a file that `lock` has locked."""
+    _locked.discard(descriptor)
+    with contextlib.suppress(OSError):
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+    os.close(descriptor)
 
 
 class FileLock:
@@ -89,9 +120,7 @@ class FileLock:
         if self._is_taken and self.is_ours():
             with contextlib.suppress(OSError):
                 self.path.unlink()
-            with contextlib.suppress(OSError):
-                fcntl.flock(_descriptors[self.path], fcntl.LOCK_UN)
-            os.close(_descriptors.pop(self.path))
+            unlock_and_close(_descriptors.pop(self.path))
         self._is_taken = False
         if self._made_folder:
             with contextlib.suppress(OSError):
@@ -105,23 +134,26 @@ class FileLock:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 self._made_folder = True
                 continue
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            if not lock(descriptor):
                 os.close(descriptor)
                 return None
-            except OSError:
-                pass  # a file system that knows no locks is no reason not to work
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(descriptor), self.path.stat()):
-                    return descriptor
-            os.close(descriptor)  # whoever had it took the file away in between
+            if is_at(descriptor, self.path):
+                return descriptor
+            unlock_and_close(descriptor)  # whoever had it took the file away in between
+
+
+def is_at(descriptor: int, path: Path) -> bool:
+    """Whether an open file is the one that lies there."""
+    with contextlib.suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    return False
 
 
 def _forget() -> None:
     """Close what a forked process, such as a loader's worker, would keep locked when its parent is killed."""
-    while _descriptors:
-        os.close(_descriptors.popitem()[1])
+    _descriptors.clear()
+    while _locked:
+        os.close(_locked.pop())
 
 
 os.register_at_fork(after_in_child=_forget)

@@ -3,11 +3,13 @@
 import errno
 import fcntl
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
-from composer_kd.files import FileLock, remove_unfinished, write
+from composer_kd.files import FileLock, remove_unfinished, unfinished, write
 
 
 def test_parts_of_a_file(tmp_path):
@@ -35,7 +37,7 @@ def is_folder(descriptor):
 @pytest.mark.parametrize('parts', [('x',), ('x' * 10**6,)])
 def test_a_disk_that_is_full(tmp_path, parts):
     write(tmp_path / 'file', 'before')
-    (tmp_path / '.file.tmp').symlink_to('/dev/full')
+    unfinished(tmp_path / 'file').symlink_to('/dev/full')
     with pytest.raises(OSError, match='No space left'):
         write(tmp_path / 'file', *parts)
     assert os.listdir(tmp_path) == ['file'] and (tmp_path / 'file').read_text() == 'before'
@@ -62,9 +64,23 @@ def test_a_file_system_that_cannot_sync_folders(tmp_path, monkeypatch):
     assert (tmp_path / 'file').read_text() == 'text'
 
 
+def test_two_processes_that_write_one_file(tmp_path):
+    """The file of one is whole, though another has begun to write it, and still does."""
+    code = 'import sys; from composer_kd.files import *; print(unfinished(Path(sys.argv[1])))'
+    path = tmp_path / 'file'
+    others = [subprocess.check_output([sys.executable, '-c', code, str(path)], text=True).strip() for _ in range(2)]
+    assert len({*others, str(unfinished(path))}) == 3
+    with open(others[0], 'wb') as other:
+        other.write(b'torn')
+        write(path, 'text')
+        other.write(b'more')
+    assert path.read_text() == 'text'
+
+
 def test_what_is_unfinished(tmp_path):
     for name in ('.a1.txt.tmp', '.a2.txt.tmp', '.b.txt.tmp', 'a3.txt', '.a4.txt'):
         (tmp_path / name).touch()
+    unfinished(tmp_path / 'a5.txt').touch()
     remove_unfinished(tmp_path, 'a*.txt')
     assert sorted(os.listdir(tmp_path)) == ['.a4.txt', '.b.txt.tmp', 'a3.txt']
 

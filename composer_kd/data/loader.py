@@ -11,6 +11,9 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from composer_kd.data.views import GivesViews, ReplayableViews, ViewsLoader, ViewsSampler
 
+#: What DataSpec does to batches, and what people are told that it is.
+_TRANSFORMS = {'batch_transforms': 'transform of batches', 'microbatch_transforms': 'transform on the device'}
+
 _Builder = TypeVar('_Builder', bound=Callable[..., Any])
 
 
@@ -74,6 +77,7 @@ def data_spec(
             that nothing is drawn at random. Default: None, a new one each epoch.
         view_seed: for training: chooses the views, from 0 up to 2^64. Default: 0.
         **of_batches: what else Composer's DataSpec is to know: `batch_transforms`, `microbatch_transforms`, ...
+            Those of a training split are asked about a few samples on the CPU, too, by `ViewsLoader.identity`.
 
     Raises:
         ValueError: `batch_size` is no multiple of the number of ranks, there is not one batch in an epoch, there are no
@@ -101,7 +105,9 @@ def data_spec(
     if train:
         replayable = _replayable(dataset, view_seed)
         sampler = ViewsSampler(replayable, views=views if replayable.has_views else 1, **dealing)
-        loader = ViewsLoader(replayable, sampler, **options)
+        named = ((name, of_batches.get(key)) for key, name in _TRANSFORMS.items())
+        transforms = {name: transform for name, transform in named if transform is not None}
+        loader = ViewsLoader(replayable, sampler, transforms, **options)
     else:
         loader = DataLoader(dataset, sampler=DistributedSampler(dataset, **dealing), **options)
     if len(dataset) == 0:  # pyright: ignore[reportArgumentType]

@@ -43,3 +43,6 @@ class NormalizeBatch:
         """Normalize the images."""
         images, labels = batch
         return self.normalize(images), labels
+
+    def __repr__(self) -> str:
+        return f'NormalizeBatch({self.normalize!r})'

@@ -9,7 +9,7 @@ import hashlib
 import itertools
 import random
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
@@ -178,12 +178,21 @@ class ViewsLoader(DataLoader):
     Args:
         dataset: one with a length that `GivesViews`.
         sampler: deals them out.
+        transforms: what is done to its batches before a network sees them, one after another, under names for
+            `identity`. Default: nothing.
         **options: those of torch's DataLoader.
     """
 
-    def __init__(self, dataset: Any, sampler: ViewsSampler, **options: Any):
+    def __init__(
+        self,
+        dataset: Any,
+        sampler: ViewsSampler,
+        transforms: Mapping[str, Callable[[Any], Any]] | None = None,
+        **options: Any,
+    ):
         super().__init__(dataset, sampler=sampler, **options)
         self.views = sampler.views
+        self.transforms = dict(transforms or {})
         self.keys: torch.Tensor | None = None
 
     @property
@@ -218,16 +227,21 @@ class ViewsLoader(DataLoader):
     def identity(self) -> dict[str, Any]:
         """What a batch depends on, as plain JSON values: a teacher's stored outputs hold while none of it changes.
 
-        Last comes `content`, the SHA-256 of up to 64 samples, evenly spaced, in view 0 as they come out of here.
+        Last comes `content`, the SHA-256 of up to 64 samples, evenly spaced, in view 0 as a network sees them: after
+        `transforms`, on the CPU.
         """
         probed = min(self.samples, _PROBED)
         keys = [(number * self.samples // probed, 0) for number in range(probed)]
         ((batch, _),) = self._made([keys])
         dataset: Any = self.dataset
+        with _global_generators_kept():
+            for transform in self.transforms.values():
+                batch = transform(batch)
         digest = hashlib.sha256()
         for part in _parts(batch):
             digest.update(part)
-        return {'samples': self.samples, **dataset.identity(), 'content': digest.hexdigest()}
+        transforms = {name: plain(transform) for name, transform in self.transforms.items()}
+        return {'samples': self.samples, **dataset.identity(), **transforms, 'content': digest.hexdigest()}
 
     def _made(
         self, keys_per_batch: Iterable[Iterable[Sequence[int]]], **options: Any

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import yaml
 from composer.utils import dist
 
-from composer_kd.files import write
+from composer_kd.files import remove_unfinished, write
 from composer_kd.recipes.load import Recipe, RecipeError
 from composer_kd.recipes.lock import FolderLock
 
@@ -107,6 +107,7 @@ def claim(recipe: Recipe, lock: FolderLock) -> tuple[Path, bool]:
 def write_recipe(recipe: Recipe, folder: Path) -> None:
     """Write down what is run in a folder."""
     config = recipe.config | {'run_name': folder.name}
+    remove_unfinished(folder, 'recipe.yaml')
     write(folder / 'recipe.yaml', yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
 
 
@@ -155,7 +156,7 @@ def differences(one: Any, other: Any, key: str = '') -> list[str]:
 
 def _is_left_over(folder: Path) -> bool:
     """Whether a process that was killed had made the folder, and no more."""
-    return folder.is_dir() and all(path.name == '.recipe.yaml.tmp' for path in folder.iterdir())
+    return folder.is_dir() and all(path.match('.recipe.yaml*.tmp') for path in folder.iterdir())
 
 
 def _goes_on(recipe: Recipe) -> bool:

@@ -14,10 +14,11 @@ from pathlib import Path
 
 import numpy as np
 
-from composer_kd.files import sync_folder
+from composer_kd.files import is_at, lock, sync_folder, unlock_and_close
 from composer_kd.recording.errors import RecordError
 from composer_kd.recording.manifest import identity
 from composer_kd.recording.record import MOST_VIEWS, Record, cannot_write, ranges
+from composer_kd.recording.shards import cannot_read
 
 _JOURNAL = re.compile(r'journal-(\d+)\.bin')
 _HEADER = struct.Struct('<8sII')  # magic and format, record, row_bytes
@@ -29,7 +30,8 @@ _SAMPLES = struct.Struct('<I')
 class Journal:
     """The file to which one rank appends, batch by batch; what is appended outlives the process.
 
-    It is opened when something is appended, and an end that is torn is cut off then.
+    It is opened when something is appended, and an end that is torn is cut off then. While it is open it is locked, so
+    that no two processes write it.
 
     Args:
         record: The record, to be written.
@@ -51,7 +53,7 @@ class Journal:
             rows: Those rows, in the order of the samples, uint8, shape (M, row_bytes).
 
         Raises:
-            RecordError: A row cannot teach, or the disk is full.
+            RecordError: A row cannot teach, the disk is full, or another process writes the journal.
         """
         if not len(keys):
             return
@@ -68,7 +70,7 @@ class Journal:
     def close(self) -> None:
         """Close the file, so that it may be sealed; the next entry opens it again, or another one."""
         if self._descriptor is not None:
-            os.close(self._descriptor)
+            unlock_and_close(self._descriptor)
             self._descriptor = None
 
     def _write(self, entry: bytes) -> None:
@@ -79,15 +81,15 @@ class Journal:
         self._end += len(entry)
 
     def _open(self) -> None:
-        said = _read(self._path, self._record)
-        descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT, 0o666)
+        descriptor = _locked(self._path)
         try:
+            said = _read(self._path, self._record)
             os.ftruncate(descriptor, said.end)
             if not said.end:
                 header = _HEADER.pack(_MAGIC, identity(self._record.manifest), self._record.format.row_bytes)
                 _write_at(descriptor, header, 0)
         except BaseException:
-            os.close(descriptor)
+            unlock_and_close(descriptor)
             raise
         self._descriptor, self._end = descriptor, said.end or _HEADER.size
 
@@ -99,19 +101,43 @@ def seal(record: Record) -> None:
     doing it again ends with the same files.
 
     Raises:
-        RecordError: The disk is full; then the journals stay.
+        RecordError: The disk is full, or another process still writes a journal; then the journals stay.
     """
-    paths = _journals(record.path)
-    said = [_read(path, record) for path in paths]
-    for view, shard, members in _by_shard(said, record.shard_samples):
-        _merge(record, view, shard, list(zip(said, members, strict=True)))
+    descriptors: list[int] = []
     try:
+        paths = _journals(record.path)
+        for path in paths:
+            descriptors.append(_locked(path))
+        said = [_read(path, record) for path in paths]
+        for view, shard, members in _by_shard(said, record.shard_samples):
+            _merge(record, view, shard, list(zip(said, members, strict=True)))
         for path in paths:
             path.unlink()
         if paths:
             sync_folder(record.path)
     except OSError as error:
         raise cannot_write(record.path, error) from error
+    finally:
+        for descriptor in descriptors:
+            unlock_and_close(descriptor)
+
+
+def _locked(path: Path) -> int:
+    """A journal, opened and locked; it is made if need be.
+
+    Raises:
+        OSError: It cannot be opened.
+        RecordError: Another process writes it.
+    """
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        if not lock(descriptor):
+            os.close(descriptor)
+            todo = 'end what is left of an earlier run, and start again'
+            raise RecordError(f'another process still writes {path}: {todo}')
+        if is_at(descriptor, path):
+            return descriptor
+        unlock_and_close(descriptor)  # it was sealed in between
 
 
 @dataclass
@@ -191,7 +217,7 @@ def _read(path: Path, record: Record) -> _Said:
     except FileNotFoundError:
         mapped = b''
     except OSError as error:
-        raise RecordError(f'cannot read {path}: {error.strerror}') from error
+        raise cannot_read(path, error) from error
     content = memoryview(mapped)
     header = _HEADER.pack(_MAGIC, identity(record.manifest), record.format.row_bytes)
     end = len(header) if content[: len(header)] == header else 0

@@ -12,11 +12,10 @@ import numpy as np
 from typing_extensions import Self
 
 from composer_kd.recording import manifest as manifests
-from composer_kd.recording.errors import RecordError
-from composer_kd.recording.shards import Place, read_shard, write_shard
+from composer_kd.recording.errors import DamagedShard, RecordError
+from composer_kd.recording.shards import Place, Verified, read_shard, write_shard
 
 _SHARD = re.compile(r'view(\d+)-shard(\d+)\.rows')
-_VIEWS_KEPT = 2
 MOST_VIEWS = 2**31
 
 
@@ -45,6 +44,7 @@ class Record:
         self._writes = writes
         self._views: dict[int, _View] = {}
         self._stored: dict[tuple[int, int], int | None] = {}  # samples in shards that were looked at; None if damaged
+        self._verified: Verified = {}
 
     @classmethod
     def open(cls, path: str | Path) -> Self:
@@ -95,7 +95,7 @@ class Record:
             int64, shape (B,): 0 if it is missing.
 
         Raises:
-            RecordError: There is no such sample, or, to who only reads, a shard is damaged.
+            RecordError: There is no such sample, a shard cannot be read, or, to who only reads, it is damaged.
         """
         ids, views = keys[:, 0], keys[:, 1]
         if len(ids) and (ids.min() < 0 or ids.max() >= self.samples or views.min() < 0):
@@ -113,11 +113,11 @@ class Record:
         """How many rows each sample of a shard has, int64, shape (samples of the shard,), and those rows, read-only.
 
         Raises:
-            RecordError: To who only reads: it is damaged.
+            RecordError: It cannot be read, or, to who only reads, it is damaged.
         """
         try:
-            found = read_shard(self._path_of(view, shard), self._place(view, shard), self.format)
-        except RecordError:
+            found = self._read(view, shard)
+        except DamagedShard:
             if not self._writes:
                 raise
             found = None
@@ -175,7 +175,7 @@ class Record:
         self._stored[view, shard] = int(np.count_nonzero(counts))
 
     def refresh(self) -> None:
-        """Look at the files anew, because another process may have written some."""
+        """Look at the files anew, because another process may have written some; those that are as they were, are."""
         self._views.clear()
         self._stored.clear()
 
@@ -194,11 +194,8 @@ class Record:
         return rows
 
     def _in_use(self, views: list[int]) -> list[int]:
-        """Views whose shards are to be mapped now; those that were used last stay so as well."""
-        for view in views:
-            self._views[view] = self._views.pop(view, None) or _View(self, view)
-        for view in list(self._views)[: -max(_VIEWS_KEPT, len(views))]:
-            del self._views[view]
+        """Views whose shards are to be mapped now, and no others."""
+        self._views = {view: self._views.get(view) or _View(self, view) for view in views}
         return views
 
     def _places(self) -> list[tuple[int, int]]:
@@ -215,12 +212,15 @@ class Record:
         samples = min(self.shard_samples, self.samples - shard * self.shard_samples)
         return Place(manifests.identity(self.manifest), view, shard, samples)
 
+    def _read(self, view: int, shard: int) -> tuple[np.ndarray, np.ndarray] | None:
+        return read_shard(self._path_of(view, shard), self._place(view, shard), self.format, self._verified)
+
     def _stored_in(self, view: int, shard: int) -> int | None:
         """How many samples of a shard are stored; None if it is not there, or damaged."""
         if (view, shard) not in self._stored:
             try:
-                found = read_shard(self._path_of(view, shard), self._place(view, shard), self.format)
-            except RecordError:
+                found = self._read(view, shard)
+            except DamagedShard:
                 found = None
             stored = None if found is None else int(np.count_nonzero(np.diff(found[0], prepend=np.uint32(0))))
             self._stored[view, shard] = stored

@@ -6,22 +6,29 @@ all before. A sample that has no rows is missing.
 
 from __future__ import annotations
 
-import mmap
+import errno
+import os
 import struct
 import zlib
+from collections.abc import MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
+import torch
 
 from composer_kd.files import write
-from composer_kd.recording.errors import RecordError
+from composer_kd.recording.errors import DamagedShard, RecordError
 from composer_kd.recording.formats import RowFormat
 
 _HEADER = struct.Struct('<8sIIIIII')  # magic and format, record, view, shard, samples, row_bytes, rows
 _MAGIC = b'ckdrows1'
 _CHECKSUM = struct.Struct('<I')
 _MOST_ROWS = 2**32 - 1
+
+#: Paths of shards that were found to be whole: what their files were then.
+Verified: TypeAlias = MutableMapping[Path, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -63,27 +70,36 @@ def write_shard(path: Path, place: Place, counts: np.ndarray, rows: np.ndarray) 
     write(path, *parts, _CHECKSUM.pack(checksum))
 
 
-def read_shard(path: Path, place: Place, row_format: RowFormat) -> tuple[np.ndarray, np.ndarray] | None:
-    """Map a shard, and verify all of it.
+def read_shard(
+    path: Path, place: Place, row_format: RowFormat, verified: Verified
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """Map a shard, and verify all of it, unless that was done already.
+
+    Args:
+        path: The file.
+        place: Where it should belong.
+        row_format: What its rows should be.
+        verified: Which ones need not be looked through again; it is added to them.
 
     Returns:
         `ends`, uint32, shape (samples,), and the rows, uint8, shape (rows, row_bytes), for as long as they are held;
         None if there is no file.
 
     Raises:
-        RecordError: It is damaged, or belongs elsewhere.
+        DamagedShard: It is damaged, or belongs elsewhere.
+        RecordError: It cannot be read.
     """
     try:
         with path.open('rb') as file:
-            file.seek(0, 2)
-            size = file.tell()
-            if size < _HEADER.size:
-                raise _damaged(path, f'{size} bytes are too few')
-            mapped = memoryview(mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ))
+            stat = os.fstat(file.fileno())
+        size, state = stat.st_size, (stat.st_size, stat.st_mtime_ns, stat.st_ino)
+        if size < _HEADER.size:
+            raise _damaged(path, f'{size} bytes are too few')
+        mapped = _mapped(path, size)
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise RecordError(f'cannot read {path}: {error.strerror}') from error
+        raise cannot_read(path, error) from error
     magic, record, view, shard, samples, row_bytes, count = _HEADER.unpack_from(mapped)
     if magic != _MAGIC:
         raise _damaged(path, 'it does not begin as a shard does')
@@ -91,20 +107,39 @@ def read_shard(path: Path, place: Place, row_format: RowFormat) -> tuple[np.ndar
     rows_end = ends_end + count * row_bytes
     if size != rows_end + _CHECKSUM.size:
         raise _damaged(path, f'it has {size} bytes instead of {rows_end + _CHECKSUM.size}')
-    if _CHECKSUM.unpack_from(mapped, rows_end)[0] != zlib.crc32(mapped[:rows_end]):
+    is_new = verified.get(path) != state
+    if is_new and _CHECKSUM.unpack_from(mapped, rows_end)[0] != zlib.crc32(mapped[:rows_end]):
         raise _damaged(path, 'its checksum is wrong')
     if Place(record, view, shard, samples) != place or row_bytes != row_format.row_bytes:
         raise _damaged(path, 'it belongs to another record, or to another place in this one')
     ends = np.frombuffer(mapped, '<u4', samples, _HEADER.size)
     rows = np.frombuffer(mapped, np.uint8, count * row_bytes, ends_end).reshape(count, row_bytes)
-    if samples and (ends[-1] != count or (ends[1:] < ends[:-1]).any()):
+    if is_new and samples and (ends[-1] != count or (ends[1:] < ends[:-1]).any()):
         raise _damaged(path, 'its samples do not have as many rows as there are')
     try:
-        row_format.check(rows)
+        if is_new:
+            row_format.check(rows)
     except RecordError as error:
         raise _damaged(path, str(error)) from error
+    verified[path] = state
     return ends, rows
 
 
-def _damaged(path: Path, what: str) -> RecordError:
-    return RecordError(f'{path} is damaged: {what}; run composer-kd record again, which rewrites it')
+def cannot_read(path: Path, error: OSError) -> RecordError:
+    """What a person is told when a file is there, but cannot be read now."""
+    todo = '; let this process open more, by ulimit -n' if error.errno == errno.EMFILE else ''
+    return RecordError(f'cannot read {path}: {error.strerror}{todo}')
+
+
+def _mapped(path: Path, size: int) -> memoryview:
+    """The bytes of a file, mapped without a descriptor, of which Python's mmap would keep one for each shard."""
+    try:
+        mapped = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8).numpy()
+    except RuntimeError as error:
+        raise RecordError(f'cannot map {path}: {error}') from error
+    mapped.flags.writeable = False
+    return mapped.data
+
+
+def _damaged(path: Path, what: str) -> DamagedShard:
+    return DamagedShard(f'{path} is damaged: {what}; run composer-kd record again, which rewrites it')

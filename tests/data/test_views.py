@@ -681,3 +681,51 @@ def test_evaluation_is_asked_for_indices():
 def test_a_builder_is_named_in_recipes_and_data_spec_is_not():
     assert data.data_spec is data_spec
     assert 'data_spec' not in data.__all__
+
+
+class Shift:
+    """Adds a number to the images of a batch."""
+
+    def __init__(self, by):
+        self.by = by
+
+    def __call__(self, batch):
+        return batch[0] + self.by, batch[1]
+
+
+class NamedShift(Shift):
+    def __repr__(self):
+        return f'Shift({self.by})'
+
+
+def test_what_networks_see_is_part_of_the_identity():
+    """Not only what the loader gives: DataSpec changes batches, and microbatches on the device."""
+
+    def identity(**transforms):
+        images = torch.arange(80.0).view(20, 4)
+        dataset = torch.utils.data.TensorDataset(images, torch.arange(20))
+        spec = data_spec(dataset, batch_size=4, train=True, num_workers=0, views=1, **transforms)
+        return spec.dataloader.identity()
+
+    plain_ones = identity()
+    assert [*plain_ones] == ['samples', 'transform', 'view_seed', 'content']
+    seen = identity(batch_transforms=Shift(1), microbatch_transforms=NamedShift(2))
+    of_batches = ['transform of batches', 'transform on the device']
+    assert [*seen] == ['samples', 'transform', 'view_seed', *of_batches, 'content']
+    assert ' at 0x' not in seen['transform of batches'] and seen['transform on the device'] == 'Shift(2)'
+    assert seen == identity(batch_transforms=Shift(1), microbatch_transforms=NamedShift(2))
+    assert identity(batch_transforms=Shift(2), microbatch_transforms=NamedShift(1))['content'] == seen['content']
+    others = [identity(batch_transforms=Shift(by))['content'] for by in (0, 1, 2)]
+    assert len({*others, seen['content']}) == 4 and others[0] == plain_ones['content']
+
+
+def test_a_transform_of_batches_that_draws_leaves_the_run_its_numbers():
+    def draw(batch):
+        return batch[0] + torch.rand(()) + np.random.rand() + random.random(), batch[1]
+
+    dataset = torch.utils.data.TensorDataset(torch.zeros(8, 1), torch.arange(8))
+    spec = data_spec(dataset, batch_size=4, train=True, num_workers=0, microbatch_transforms=draw)
+    before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+    spec.dataloader.identity()
+    assert torch.equal(torch.get_rng_state(), before[0]) and random.getstate() == before[2]
+    assert np.array_equal(np.random.get_state()[1], before[1])

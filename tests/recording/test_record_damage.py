@@ -1,9 +1,12 @@
 """Files that are not what was written: an error or the right rows, never wrong ones."""
 
+import errno
 import os
+import resource
 import shutil
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -183,6 +186,43 @@ def test_a_shard_that_somebody_forged(damaged, at, number, what):
     forge(damaged / SHARD, lambda content: struct.pack_into('<I', content, at, number))
     with pytest.raises(RecordError, match=f'{SHARD} is damaged: {what}.*; {TODO}$'):
         found(Record.open(damaged), 1)
+
+
+@pytest.mark.parametrize('number', [errno.EMFILE, errno.EIO])
+def test_a_writer_leaves_what_it_cannot_read_now(damaged, monkeypatch, number):
+    before = files(damaged)
+    record = Record.create(damaged, Record.open(damaged).manifest)
+    path_open = Path.open
+
+    def failing(path, *args, **options):
+        if path.suffix == '.rows':
+            raise OSError(number, os.strerror(number))
+        return path_open(path, *args, **options)
+
+    monkeypatch.setattr(Path, 'open', failing)
+    todo = '; let this process open more, by ulimit -n' if number == errno.EMFILE else ''
+    message = f'cannot read .*-shard0000..rows: {os.strerror(number)}{todo}$'
+    for use in (seal, lambda record: record.shard(0, 1), lambda record: record.has(0, 1), lambda r: r.missing(2)):
+        with pytest.raises(RecordError, match=message):
+            use(record)
+    monkeypatch.undo()
+    assert files(damaged) == before and record.has(0, 1)
+    seal(record)
+    assert found(record, 2) == every(2)
+
+
+def test_a_writer_without_descriptors_leaves_all_as_it_is(damaged):
+    before = files(damaged)
+    record = Record.create(damaged, Record.open(damaged).manifest)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with open(os.devnull) as last:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (last.fileno() + 1, limits[1]))
+        try:
+            with pytest.raises(RecordError, match=r'Too many open files; let this process open more, by ulimit -n$'):
+                record.shard(0, 1)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert files(damaged) == before and record.has(0, 1)
 
 
 def test_a_folder_in_the_place_of_a_shard(damaged):

@@ -12,6 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from record_parts import SAMPLES, create, entries_of, every, files, found, write_shard
 
+from composer_kd import files as files_module
+from composer_kd.files import unfinished
 from composer_kd.recording import Journal, Record, RecordError, seal
 
 KEYS = st.tuples(st.integers(0, SAMPLES - 1), st.integers(0, 2))
@@ -208,9 +210,53 @@ def _until_full(record):
 def test_no_room_to_seal(tmp_path):
     record = create(tmp_path / 'record')
     _say_all(record)
-    (record.path / '.view00001-shard00000.rows.tmp').symlink_to('/dev/full')
+    unfinished(record.path / 'view00001-shard00000.rows').symlink_to('/dev/full')
     with pytest.raises(RecordError, match=r'^cannot write the record .*record: No space left on device'):
         seal(record)
     assert len([*record.path.glob('journal-*')]) == 2
     seal(record)
     assert found(record, 2) == every(2)
+
+
+def test_a_journal_that_another_process_writes(tmp_path):
+    """As what is left of a job may whose first rank was killed, and with it the lock of the record."""
+    record = create(tmp_path / 'record')
+    left, new = Journal(record, 1), Journal(create(record.path), 1)
+    left.append(*entries_of(record, [(0, 0)]))
+    message = 'another process still writes .*journal-1.bin: end what is left of an earlier run, and start again$'
+    with pytest.raises(RecordError, match=message):
+        new.append(*entries_of(record, [(4, 0)]))
+    with pytest.raises(RecordError, match=message):
+        seal(record)
+    left.append(*entries_of(record, [(1, 0)]))
+    left.close()
+    new.append(*entries_of(record, [(4, 0)]))
+    new.close()
+    seal(record)
+    assert found(record, 1) == [(0, 0), (1, 0), (4, 0)]
+
+
+@pytest.mark.filterwarnings('ignore:This process .* is multi-threaded:DeprecationWarning')
+def test_a_forked_process_does_not_keep_a_journal(tmp_path):
+    """Such as a loader's worker, which outlives its killed parent for a while."""
+    record = create(tmp_path / 'record')
+    journal = Journal(record, 0)
+    journal.append(*entries_of(record, [(0, 0)]))
+    began, ends = os.pipe(), os.pipe()
+    child = os.fork()
+    if not child:
+        os.write(began[1], b'.')
+        os.read(ends[0], 1)
+        os._exit(0)
+    os.read(began[0], 1)
+    descriptor, journal._descriptor = journal._descriptor, None
+    files_module._locked.remove(descriptor)
+    os.close(descriptor)  # as the kernel does when the process ends, which unlocks nothing itself
+    try:
+        seal(record)
+    finally:
+        os.write(ends[1], b'.')
+        os.waitpid(child, 0)
+        for end in (*began, *ends):
+            os.close(end)
+    assert found(record, 1) == [(0, 0)]

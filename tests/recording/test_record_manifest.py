@@ -3,6 +3,7 @@
 import pytest
 from record_parts import FIELDS, create, edit_manifest
 
+from composer_kd.files import unfinished
 from composer_kd.recording import Record, RecordError, RecordLock, differences
 
 
@@ -136,7 +137,7 @@ def test_a_later_format(tmp_path, monkeypatch):
 
 def test_a_full_disk(tmp_path):
     with RecordLock(tmp_path / 'record'):
-        (tmp_path / 'record' / '.manifest.json.tmp').symlink_to('/dev/full')
+        unfinished(tmp_path / 'record' / 'manifest.json').symlink_to('/dev/full')
         with pytest.raises(RecordError, match=r'^cannot write the record .*record: No space left on device;'):
             create(tmp_path / 'record')
         assert [file.name for file in (tmp_path / 'record').iterdir()] == ['.lock']
