@@ -50,10 +50,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         'check': lambda: check_recipes(arguments.files),
         'export': lambda: export_checkpoint(arguments.checkpoint, arguments.folder),
         'glue': lambda: run_glue(arguments, [*arguments.overrides, *rest]),
-        'record': lambda: record_teachers(arguments, [*arguments.overrides, *rest]),
+        'record': lambda: record_teachers(
+            arguments, [*arguments.overrides, *rest], sys.argv[1:] if argv is None else argv
+        ),
     }
-    if arguments.command == 'record' and 'RANK' not in os.environ:
-        launch(sys.argv[1:] if argv is None else argv, arguments.ranks)
     return guarded(work[arguments.command])
 
 
@@ -94,8 +94,10 @@ def run_glue(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     )
 
 
-def record_teachers(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
-    """Record what the teachers of a recipe say, on this rank."""
+def record_teachers(arguments: argparse.Namespace, overrides: Sequence[str], command: Sequence[str]) -> None:
+    """Record what the teachers of a recipe say, on this rank; `command` is run again on each, if there are several."""
+    if 'RANK' not in os.environ:
+        launch(command, _ranks(arguments, overrides))
     import torch.distributed
 
     from composer_kd.record import record
@@ -113,12 +115,22 @@ def record_teachers(arguments: argparse.Namespace, overrides: Sequence[str]) -> 
         torch.distributed.destroy_process_group()
 
 
-def launch(arguments: Sequence[str], ranks: int | None) -> None:
-    """Become Composer's launcher, which runs this very command on several ranks; return where one is enough."""
-    if ranks is None:
-        import torch
+def _ranks(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """How many processes are to record: one for each GPU that the recipe uses, unless somebody says."""
+    import torch
 
-        ranks = torch.cuda.device_count()
+    from composer_kd.recipes.load import RecipeError, load
+
+    if arguments.ranks is not None:
+        if arguments.ranks < 1:
+            raise RecipeError(f'composer-kd record: -n {arguments.ranks}: there must be at least one process')
+        return arguments.ranks
+    gpus = torch.cuda.device_count()
+    return gpus if gpus > 1 and load(arguments.file, overrides).config.get('device') != 'cpu' else 1
+
+
+def launch(arguments: Sequence[str], ranks: int) -> None:
+    """Become Composer's launcher, which runs this very command on several ranks; return where one is enough."""
     if ranks > 1:
         command = [sys.executable, '-m', 'composer.cli', '-n', str(ranks), '-m', 'composer_kd', *arguments]
         os.execv(sys.executable, command)

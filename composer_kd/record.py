@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from composer.algorithms import AugMix, ColOut, RandAugment
 from composer.core import DataSpec, Precision, State
 from composer.utils import dist, get_device, reproducibility
 from torch import Tensor
@@ -22,10 +23,12 @@ from composer_kd.comparison import Comparison, rounding
 from composer_kd.data.text_files import TextError
 from composer_kd.recipes.bind import signature
 from composer_kd.recipes.check import Call, Plan, check, takes_teachers
+from composer_kd.recipes.folder import finished_run, on_rank_zero
 from composer_kd.recipes.load import load
 from composer_kd.recipes.run import assemble, start
 from composer_kd.recording import Journal, Record, RecordError, RowFormat, differences, seal
-from composer_kd.recording.manifest import shard_samples
+from composer_kd.recording.manifest import PARTS, shard_samples
+from composer_kd.recording.manifest import read as read_manifest
 from composer_kd.teachers import Teacher, TeacherError, TeacherPool
 from composer_kd.teachers.batches import samples_in
 from composer_kd.teachers.recorded import (
@@ -44,6 +47,9 @@ from composer_kd.topk import TopKLogits
 from composer_kd.vocabulary import part
 
 VERIFIED = 256  # samples that are looked at again
+
+# Composer's algorithms that add a transform to the data set as a run begins.
+_TRANSFORM_DATA_SETS = (AugMix, ColOut, RandAugment)
 
 _SECONDS_BETWEEN_LINES = 30.0
 _LONGEST_WAIT = 7 * 24 * 3600.0  # of one rank for another, which may have a shard more to record
@@ -90,9 +96,18 @@ def record(
     try:
         if not verify:
             on_all_ranks(lambda: _lock(folders))
-        formats: list[RowFormat] = []
-        keywords = assemble(plan, lambda keywords: _look(plan, keywords, folders, options, formats))
-        work = _Work.of(plan, keywords, folders, formats, writes=not verify)
+        fields: list[dict[str, Any]] = []
+
+        def look(keywords: dict[str, Any]) -> None:
+            if not fields:
+                fields.extend(_look(plan, keywords, folders, options, writes=not verify))
+
+        if verify:
+            for folder in folders:
+                Record.open(folder)
+            _refuse_untrained(plan)
+        keywords = assemble(plan, look)
+        work = _Work.of(plan, keywords, folders, fields, writes=not verify)
         if verify:
             _verify(work)
         else:
@@ -122,10 +137,29 @@ def _lock(folders: Iterable[Path]) -> None:
             lock_record(folder)
 
 
+def _refuse_untrained(plan: Plan) -> None:
+    """To compare what a teacher says, none is trained."""
+    for teacher in plan.teachers:
+        if (
+            teacher.recipe is not None
+            and on_rank_zero(lambda recipe=teacher.recipe.recipe: finished_run(recipe)) is None
+        ):
+            todo = 'run the same without --verify, which trains it'
+            raise plan.recipe.error(teacher.call.key, f'the teacher is still to be trained: {todo}', exit_code=1)
+
+
 def _look(
-    plan: Plan, keywords: dict[str, Any], folders: Sequence[Path], options: dict[str, Any], formats: list[RowFormat]
-) -> None:
-    """See whether what was built can be recorded, before anything is trained; leaves the formats of the records."""
+    plan: Plan,
+    keywords: dict[str, Any],
+    folders: Sequence[Path],
+    options: dict[str, Any],
+    writes: bool,
+) -> list[dict[str, Any]]:
+    """See whether what was built can be recorded, before anything is trained.
+
+    Returns:
+        The manifests that the records are to have, but for their teachers.
+    """
     recipe = plan.recipe
     try:
         loader = loader_with_keys(keywords['train_dataloader'].dataloader)
@@ -134,18 +168,43 @@ def _look(
     if loader.views is None:
         what = 'makes new views of the samples in each epoch'
         raise recipe.error(('train_data',), f'{what}; say how many to record by --views N, or by train_data.views=N')
+    asked = recipe.config['train_data'].get('views')
+    if asked is not None and asked > loader.views:
+        what = f'nothing is drawn at random for a sample of this data set, so one view is all there is, not {asked}'
+        raise recipe.error(('train_data',), f'{what}: leave out --views and train_data.views')
     pool = _pool(keywords)
     for teacher in pool.teachers:
         try:
             refuse_changed_inputs(keywords['algorithms'], teacher.name)
         except ValueError as error:
             raise recipe.error(('algorithms',), str(error)) from error
+    for algorithm in keywords['algorithms']:
+        if isinstance(algorithm, _TRANSFORM_DATA_SETS):
+            what = f'{type(algorithm).__name__} adds a transform to the data set only when a run begins'
+            todo = 'record as a run learns, by algorithms.knowledge_distillation.record=PATH'
+            raise recipe.error(('algorithms',), f'{what}: {todo}, or leave it out')
     try:
         classes = classes_of(keywords['model'])
         temperatures = (_temperature(plan),)
-        formats[:] = [row_format(folder, classes, **options, temperatures=temperatures) for folder in folders]
+        formats = [row_format(folder, classes, **options, temperatures=temperatures) for folder in folders]
     except (TeacherError, RecordError) as error:
         raise recipe.error((), str(error)) from error
+    precision = _state(plan, keywords['model']).precision.value
+    of_shard = {'shard_samples': shard_samples(loader.samples, loader.batch_size * dist.get_world_size())}
+    data = loader.identity()
+    fields = [manifest_fields(row, {}, data, precision) | of_shard for row in formats]
+    for folder, field in zip(folders, fields, strict=True):
+        _compare(folder, field, writes, [part for part in PARTS if part != 'teacher'])
+    return fields
+
+
+def _compare(folder: Path, fields: dict[str, Any], writes: bool, parts: Iterable[str] = PARTS) -> None:
+    """Raise RecordError if there is another record, or if there is none that could be read."""
+    if writes and read_manifest(folder) is None:
+        return
+    if found := differences(Record.open(folder).manifest, fields, parts):
+        todo = '; choose another path, or delete it' if writes else ''
+        raise RecordError(f'{folder} is another record: {"; ".join(found)}{todo}')
 
 
 def _pool(keywords: dict[str, Any]) -> TeacherPool:
@@ -172,20 +231,15 @@ class _Work:
 
     @classmethod
     def of(
-        cls, plan: Plan, keywords: dict[str, Any], folders: Sequence[Path], formats: Sequence[RowFormat], writes: bool
+        cls, plan: Plan, keywords: dict[str, Any], folders: Sequence[Path], fields: list[dict[str, Any]], writes: bool
     ) -> _Work:
         """Get the teachers ready, and open their records, which are made if they are to be written."""
         spec, teachers = keywords['train_dataloader'], _pool(keywords).teachers
         state = _state(plan, keywords['model'])
         for teacher in teachers:
             teacher.prepare(state)
-        data, precision = spec.dataloader.identity(), state.precision.value
-        of_shard = {'shard_samples': shard_samples(data['samples'], spec.dataloader.batch_size * dist.get_world_size())}
-        fields = [
-            manifest_fields(row, teacher.manifest(), data, precision) | of_shard
-            for row, teacher in zip(formats, teachers, strict=True)
-        ]
-        pairs = list(zip(folders, fields, strict=True))
+        whole = [part | {'teacher': teacher.manifest()} for part, teacher in zip(fields, teachers, strict=True)]
+        pairs = list(zip(folders, whole, strict=True))
         if writes:
             on_all_ranks(lambda: _make(pairs))
         records = [_opened(folder, field, writes) for folder, field in pairs]
@@ -221,10 +275,8 @@ def _make(pairs: Iterable[tuple[Path, dict[str, Any]]]) -> None:
 def _opened(folder: Path, fields: dict[str, Any], writes: bool) -> Record:
     if writes:
         return Record.create(folder, fields)
-    record = Record.open(folder)
-    if found := differences(record.manifest, fields):
-        raise RecordError(f'{folder} is another record: {"; ".join(found)}')
-    return record
+    _compare(folder, fields, writes)
+    return Record.open(folder)
 
 
 def _state(plan: Plan, model: Any) -> State:

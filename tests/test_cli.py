@@ -41,12 +41,22 @@ def test_record_starts_its_ranks(monkeypatch):
     launcher = [python, '-m', 'composer.cli', '-n', '3', '-m', 'composer_kd']
     assert became == [(python, [*launcher, 'record', 'good.yaml', '--views', '2', '-n', '3', 'seed=5'])]
     monkeypatch.setattr('torch.cuda.device_count', lambda: 2)
-    cli.main(['record', 'good.yaml'])
+    Path('gpu.yaml').write_text(GOOD.replace('device: cpu\n', ''))
+    cli.main(['record', 'gpu.yaml'])
     assert became[1][1][4] == '2'
+    cli.main(['record', 'good.yaml'])
+    cli.main(['record', 'gpu.yaml', '--views', '2', 'device=cpu'])
     cli.main(['record', 'good.yaml', '-n', '1'])
     monkeypatch.setenv('RANK', '0')
     cli.main(['record', 'good.yaml', '-n', '3'])
     assert len(became) == 2
+
+
+@pytest.mark.parametrize('ranks', ['0', '-2'])
+def test_record_needs_a_rank(ranks, capsys, monkeypatch):
+    monkeypatch.delenv('RANK', raising=False)
+    assert cli.main(['record', 'good.yaml', '-n', ranks]) == 2
+    assert capsys.readouterr() == ('', f'composer-kd record: -n {ranks}: there must be at least one process\n')
 
 
 def test_version_and_usage(capsys):

@@ -270,6 +270,24 @@ BAD = {
     'folder': (['--out', 'x.yaml/a'], 'x.yaml:4: teachers: cannot write the record x.yaml/a: Not a directory', 1),
     'no record': (['--out', 'full'], 'x.yaml:4: teachers: full is there, but is no record; choose another path', 1),
     'mix_up': (['algorithms.mix_up={}'], 'x.yaml:7: algorithms: MixUp changes inputs after the loader', 2),
+    'one view': (
+        ['images.yaml', '--views', '2', 'train_data.augment=false'],
+        'images.yaml:5: train_data: nothing is drawn at random for a sample of this data set, so one view is all',
+        2,
+    ),
+    **{
+        algorithm: (
+            ['images.yaml', '--views', '2', f'algorithms.{algorithm}={options}'],
+            f'images.yaml:7: algorithms: {name} adds a transform to the data set only when a run begins: record as a '
+            'run learns, by algorithms.knowledge_distillation.record=PATH, or leave it out',
+            2,
+        )
+        for algorithm, options, name in (
+            ('rand_augment', '{}', 'RandAugment'),
+            ('aug_mix', '{}', 'AugMix'),
+            ('col_out', '{batch: false}', 'ColOut'),
+        )
+    },
     'precision': (['precision=amp_bf16'], 'command line: precision: amp_bf16 needs a GPU', 2),
     'no such file': (['no.yaml'], 'no.yaml: cannot read the recipe: No such file', 2),
 }
@@ -315,6 +333,15 @@ def test_mistakes_show_before_a_teacher_is_trained(capsys):
     Path('teacher.yaml').write_text(DIGITS.replace('teachers', '# teachers').replace('algorithms', '# algorithms'))
     taught = 'teachers=[{name: network, recipe: teacher.yaml}]'
     assert record('x.yaml', taught, '--top', '20') == 2
+    assert record('x.yaml', taught, '--verify') == 1
+    assert capsys.readouterr().err.endswith('records/x: there is no record; composer-kd record makes one\n')
+    record('x.yaml', '--top', '3', '--out', 'top')
+    for arguments, message in (
+        (['--top', '4'], 'top is another record: k: 3 there, 4 here; choose another path, or delete it'),
+        (['--top', '4', '--verify'], 'teachers.0: the teacher is still to be trained: run the same without --verify'),
+    ):
+        assert record('x.yaml', taught, '--out', 'top', *arguments) in (1, 2)
+        assert message in capsys.readouterr().err
     assert not Path('runs').exists() and 'training' not in capsys.readouterr().out
     assert record('x.yaml', taught, 'max_duration=1ep') == 0
     assert 'training the teacher teacher.yaml in runs/teacher' in capsys.readouterr().out
