@@ -57,24 +57,6 @@ def find_checkpoint(path: str | Path) -> Path | None:
     return next((place.resolve() for place in places if place.is_file()), None)
 
 
-def find_checkpoints(pattern: str) -> list[Path]:
-    """The checkpoints of all files and folders that a pattern matches, see `find_checkpoint`, in the paths' order.
-
-    Args:
-        pattern: A path in which `*`, `?` and `[...]` stand for parts of names, and `**` for folders: `runs/sweep/*`.
-
-    Raises:
-        CheckpointError: Nothing matches, or in what does is no checkpoint.
-    """
-    matches = find_paths(pattern)
-    if not matches:
-        raise CheckpointError(f'{pattern}: nothing there; a checkpoint, the folder of a run, or a pattern is needed')
-    found = {path: find_checkpoint(path) for path in matches}
-    if empty := [str(path) for path, checkpoint in found.items() if checkpoint is None]:
-        raise CheckpointError(f'{", ".join(empty)}: no checkpoint there; choose a narrower pattern than {pattern}')
-    return [checkpoint for checkpoint in found.values() if checkpoint]
-
-
 def find_paths(pattern: str) -> list[Path]:
     """What a pattern matches, sorted, numbers by their size; hidden files, such as locks, are not among it.
 

@@ -69,6 +69,7 @@ class EarlyStopDistillation(Algorithm):
         distiller = find_distiller(state, self)
         if event == Event.INIT:
             distiller.share = self.share
+            distiller.window = self.start, self.stop
         elif not distiller.pool.released and _elapsed(state, self.stop.unit) >= self.stop.value:
             if distiller.pool.heard == 0 and distiller.kd_weight > 0:
                 warnings.warn(

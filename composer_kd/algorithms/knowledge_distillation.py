@@ -19,9 +19,10 @@ from composer.utils import ensure_tuple
 
 from composer_kd import losses
 from composer_kd.algorithms.inputs import mixes_samples, refuse_changed_inputs
-from composer_kd.teachers import RecordingTeacher, Teacher, TeacherError, TeacherPool, logits_of
+from composer_kd.teachers import RecordedTeacher, RecordingTeacher, Teacher, TeacherError, TeacherPool, logits_of
 from composer_kd.teachers.batches import samples_in
-from composer_kd.topk import TopKLogits
+from composer_kd.teachers.schedule import BEGIN, END, Schedule
+from composer_kd.topk import TopKLogits, topk_loss
 from composer_kd.vocabulary import DeferredLogits, Logits, over_sequences
 
 _LOOK_AHEAD = 32  # batches in which the next that distills is looked for
@@ -217,6 +218,8 @@ class KnowledgeDistillation(Algorithm):
         self.probability = probability
         #: Share of the distillation that is switched on at the present time, 0 to 1; set by EarlyStopDistillation.
         self.share: Callable[[State], float] = lambda state: 1.0
+        #: From when to when it is switched on; set by EarlyStopDistillation.
+        self.window = BEGIN, END
         #: Which teachers are heard in the batch of this number; set by TeacherSampling.
         self.speakers: Callable[[State, int], tuple[int, ...]] = lambda state, batch: tuple(range(len(self.pool)))
         #: Which teachers each sample hears, shape (samples, m), of samples numbered from first to last of those of this
@@ -242,6 +245,17 @@ class KnowledgeDistillation(Algorithm):
                     f'{self._kl_temperature:g}: distill at one of these, or record anew with this one'
                 )
 
+    def rehearse(self, state: State) -> None:
+        """Raise what is wrong with the run as far as it can be known before its teachers are trained.
+
+        To be asked after all algorithms have been called at :attr:`.Event.INIT`; of ``state`` only the algorithms, the
+        seed and the dataloader are looked at.
+        """
+        self._check_heard(state)
+        for teacher in self.pool.teachers:
+            if isinstance(teacher, RecordedTeacher | RecordingTeacher):
+                teacher.look(state.dataloader)
+
     def match(self, event: Event, state: State) -> bool:
         """Whether this algorithm has anything to do."""
         if event in (Event.BEFORE_TRAIN_BATCH, Event.AFTER_FORWARD, Event.BEFORE_BACKWARD):
@@ -256,8 +270,10 @@ class KnowledgeDistillation(Algorithm):
             self._begin(state)
         elif event == Event.FIT_START:
             if not self.pool.released:
-                if self.speakers_of_samples is None:
-                    self.pool.check_average(self.speakers(state, 0))
+                self._check_heard(state)
+                for teacher in self.pool.teachers:
+                    if isinstance(teacher, RecordedTeacher):
+                        teacher.schedule = self._schedule(state)
                 self.pool.prepare(state)
         elif event == Event.BATCH_START:
             self._now = self._settle(state)
@@ -309,6 +325,16 @@ class KnowledgeDistillation(Algorithm):
         self._shifts_labels = bool(getattr(state.model, 'shift_labels', False))
         state.algorithms.remove(self)
         state.algorithms.append(self)
+
+    def _check_heard(self, state: State) -> None:
+        if self.speakers_of_samples is None:
+            self.pool.check_average(self.speakers(state, 0))
+
+    def _schedule(self, state: State) -> Schedule:
+        """When each teacher is asked, as far as that is known."""
+        hears_all = self.speakers_of_samples is None and len(self.speakers(state, 0)) == len(self.pool)
+        is_known = hears_all and self.probability == 1.0 and self.kd_weight > 0.0
+        return Schedule(*self.window, interval=self.interval if is_known else None)
 
     def _check_largest(self, k: int) -> None:
         if self._kl_temperature is None:
@@ -453,13 +479,8 @@ class KnowledgeDistillation(Algorithm):
         if isinstance(teacher_logits, torch.Tensor):
             return self._loss(student_logits=student_logits, teacher_logits=teacher_logits, where=where)
         assert self._kl_temperature is not None, 'was checked'
-        return losses.topk_kl(
-            student_logits=student_logits,
-            teacher_values=teacher_logits.values,
-            teacher_indices=teacher_logits.indices,
-            teacher_tail=teacher_logits.tail(self._kl_temperature),
-            temperature=self._kl_temperature,
-            where=where,
+        return topk_loss(
+            student_logits=student_logits, teacher=teacher_logits, temperature=self._kl_temperature, where=where
         )
 
     def _that_count(self, batch: Any, logits: torch.Tensor) -> torch.Tensor | None:

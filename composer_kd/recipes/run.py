@@ -13,15 +13,17 @@ import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.backends.cudnn
 import torch.distributed.checkpoint.state_dict
 from composer import Trainer
-from composer.core import Engine
+from composer.core import Engine, Event
 from composer.utils import dist, get_device
 
+from composer_kd.algorithms import EarlyStopDistillation, KnowledgeDistillation, TeacherSampling
 from composer_kd.data.text_files import TextError
 from composer_kd.recipes.build import build
 from composer_kd.recipes.check import Plan, TeacherPlan, TeacherRun, check
@@ -105,9 +107,36 @@ def _rehearse(
     runs = [_finished_teacher(teacher) for teacher in plan.teachers]
     untrained = [teacher.recipe for teacher, run in zip(plan.teachers, runs, strict=True) if teacher.recipe and not run]
     if untrained or is_teacher:
-        look(build(plan, _checkpoints(runs)))
+        keywords = build(plan, _checkpoints(runs))
+        look(keywords)
+        _rehearse_algorithms(plan.recipe, keywords)
     for teacher in untrained:
         _rehearse(teacher, is_teacher=True)
+
+
+def _rehearse_algorithms(recipe: Recipe, keywords: dict[str, Any]) -> None:
+    """See whether what the algorithms of distillation look at before the first batch is as they need it."""
+    state: Any = SimpleNamespace(
+        algorithms=[*keywords['algorithms']],
+        model=keywords['model'],
+        dataloader=keywords['train_dataloader'].dataloader,
+        rank_zero_seed=keywords['seed'],
+    )
+    logger: Any = None  # nothing is logged yet
+    try:
+        for algorithm in keywords['algorithms']:
+            if isinstance(algorithm, KnowledgeDistillation | TeacherSampling | EarlyStopDistillation):
+                algorithm.apply(Event.INIT, state, logger)
+        for distiller in _distillers(state.algorithms):
+            distiller.rehearse(state)
+    except TeacherError as error:
+        raise recipe.error(('teachers',), str(error)) from error
+    except ValueError as error:
+        raise recipe.error((), str(error)) from error
+
+
+def _distillers(algorithms: Sequence[Any]) -> list[KnowledgeDistillation]:
+    return [algorithm for algorithm in algorithms if isinstance(algorithm, KnowledgeDistillation)]
 
 
 def _train(plan: Plan, lock: FolderLock) -> dict[str, Any]:
@@ -194,7 +223,11 @@ def _fit(trainer: Trainer) -> None:
     assert state.max_duration is not None
     if state.timestamp < state.max_duration:
         trainer.fit()
-    elif state.evaluators:  # a run that was interrupted between its last batch and its summary
+        return
+    # A run that was interrupted between its last batch and its summary.
+    for distiller in _distillers(state.algorithms):
+        distiller.pool.release()
+    if state.evaluators:
         trainer.eval()
 
 

@@ -26,21 +26,22 @@ def pick(batch: Any, samples: torch.Tensor) -> tuple[Any, torch.Tensor]:
     number = samples_in(batch)
 
     def picked(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: picked(each) for key, each in value.items()}
+        if isinstance(value, tuple | list):
+            parts = [picked(each) for each in value]
+            return parts if isinstance(value, list) else tuple(parts)
         is_of_samples = isinstance(value, torch.Tensor) and value.ndim and len(value) == number
         return value[samples.to(value.device)] if is_of_samples else value
 
-    if isinstance(batch, Mapping):
-        part = {key: picked(value) for key, value in batch.items() if key != 'positions'}
-        if 'positions' not in batch:
-            return part, samples
+    if isinstance(batch, Mapping) and 'positions' in batch:
+        part = picked({key: value for key, value in batch.items() if key != 'positions'})
         length, positions = batch['input_ids'].shape[1], batch['positions']
         new_place = positions.new_full((number,), -1)
         new_place[samples.to(positions.device)] = torch.arange(len(samples), device=positions.device)
         place = new_place[positions // length]
         rows = (place >= 0).nonzero().squeeze(1)
         return {**part, 'positions': place[rows] * length + positions[rows] % length}, rows
-    if isinstance(batch, tuple | list):
-        return tuple(picked(value) for value in batch), samples
     return picked(batch), samples
 
 

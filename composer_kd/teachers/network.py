@@ -87,6 +87,15 @@ class NetworkTeacher:
         self._affine = _renormalize(student_normalization, normalization)
         self._input_size = _height_and_width(input_size)
         self._precision = None if precision is None else Precision(precision)
+        self._options = {
+            'input_size': self._input_size and list(self._input_size),
+            'dtype': None if self._dtype is None else str(self._dtype).removeprefix('torch.'),
+            'precision': None if self._precision is None else self._precision.value,
+        }
+        if self._affine is not None and normalization is not None and student_normalization is not None:
+            self._options['normalization'] = _plain(normalization)
+            self._options['student_normalization'] = _plain(student_normalization)
+        self._options = {name: value for name, value in self._options.items() if value is not None}
         self._channels_last = channels_last
         self._compile = compile
         if checkpoint is not None:
@@ -164,7 +173,10 @@ class NetworkTeacher:
         self._network = self._forward = None
 
     def manifest(self) -> dict[str, Any]:
-        """Name, architecture, source, and a SHA-256 over names, shapes, dtypes and bytes of the weights."""
+        """Name, architecture, source, a SHA-256 over names, shapes, dtypes and bytes of the weights, and options.
+
+        The options are those that were given of what the network's answers depend on beside its weights and inputs.
+        """
         if self._manifest is None:
             network = self._live_network()
             inner = getattr(network, 'module', network)
@@ -174,8 +186,9 @@ class NetworkTeacher:
                 'source': self._source,
                 'parameters': sum(parameter.numel() for parameter in network.parameters()),
                 'sha256': _weights_sha256(inner),
+                'options': self._options,
             }
-        return copy.copy(self._manifest)
+        return copy.deepcopy(self._manifest)
 
     def _live_network(self) -> nn.Module:
         if self._network is None:
@@ -256,6 +269,10 @@ def _mean_and_std(normalization: Normalization) -> tuple[torch.Tensor, torch.Ten
     if mean.ndim != 1 or mean.shape != std.shape or not bool((std > 0).all()):
         raise ValueError('normalization is (mean, std): one value per channel each, std > 0')
     return mean, std
+
+
+def _plain(normalization: Normalization) -> list[list[float]]:
+    return [values.tolist() for values in _mean_and_std(normalization)]
 
 
 def _weights_sha256(network: nn.Module) -> str:

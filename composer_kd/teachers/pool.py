@@ -13,7 +13,8 @@ from torch import nn
 
 from composer_kd.averages import Mean
 from composer_kd.teachers.batches import pick, samples_in
-from composer_kd.teachers.residency import Residency, can_wait, weight_bytes
+from composer_kd.teachers.recorded import RecordingTeacher
+from composer_kd.teachers.residency import Residency, can_wait, shares_tensors, weight_bytes
 from composer_kd.teachers.stopwatch import Stopwatch
 from composer_kd.teachers.teacher import Signal, Teacher, TeacherError
 from composer_kd.topk import TopKLogits
@@ -161,6 +162,13 @@ class TeacherPool:
             self._residency = None
         device = state.device.tensor_to_device(torch.empty(0)).device
         room, taken = self._room(device), 0
+        given = {index: getattr(teacher, 'network', None) for index, teacher in enumerate(self.teachers)}
+        given = {index: network for index, network in given.items() if network is not None}
+        shared = {
+            index
+            for index, network in given.items()
+            if shares_tensors(network, [other for number, other in given.items() if number != index])
+        }
         networks: dict[int, nn.Module] = {}
         waiting: set[int] = set()
         for index, teacher in enumerate(self.teachers):
@@ -169,7 +177,7 @@ class TeacherPool:
             if network is None:
                 continue
             taken += weight_bytes(network)
-            if can_wait(network, networks.values()):
+            if index not in shared and can_wait(network):
                 networks[index] = network
             elif self.residency == 'host':
                 raise TeacherError(
@@ -258,8 +266,12 @@ class TeacherPool:
         dist.all_reduce(sound, 'MIN')
         for index, is_sound in enumerate(sound.tolist()):
             if not is_sound:
-                name = self.teachers[index].name
-                raise TeacherError(f'teacher {name} (number {index}) gave NaN or infinity at batch {batch}')
+                teacher = self.teachers[index]
+                what = f'teacher {teacher.name} (number {index}) gave'
+                if isinstance(teacher, RecordingTeacher) and teacher.overflowed():
+                    what = f'{what} logits at batch {batch} that float16 cannot hold'
+                    raise TeacherError(f"{what}: record with record_dtype='float32', into another folder")
+                raise TeacherError(f'{what} NaN or infinity at batch {batch}')
 
     def manifest(self) -> list[dict[str, Any]]:
         """The manifests of the teachers, in order."""
@@ -291,6 +303,12 @@ class TeacherPool:
                     f'the run to be resumed had another teacher number {index}: {was["name"]} with weights '
                     f'{was["sha256"][:12]}, not {is_["name"]} with {is_["sha256"][:12]}; '
                     'give it the teachers it began with'
+                )
+            options = is_.get('options')
+            if was.get('options', options) != options:  # which older checkpoints do not have
+                raise TeacherError(
+                    f'the run to be resumed had other options for teacher number {index}, {is_["name"]}: '
+                    f'{was["options"]}, not {options}; give it those it began with'
                 )
         self._stopwatch = Stopwatch(state['seconds'])
         self._earlier_forwards = state['forwards'] - self._forwards_of_teachers()
@@ -421,7 +439,8 @@ def _joined(said: list[tuple[int, torch.Tensor, Any]], heard: torch.Tensor, numb
         def field(get: Any) -> torch.Tensor:
             return _joined([(index, rows, get(logits)) for index, rows, logits in said], heard, number)
 
-        tails = {T: field(lambda logits, T=T: logits.tail(T)) for T in first.tails}
+        known = [T for T in first.tails if all(T in logits.tails for _, _, logits in said)]
+        tails = {T: field(lambda logits, T=T: logits.tail(T)) for T in known}
         return TopKLogits(field(lambda x: x.values), field(lambda x: x.indices), tails, first.classes)
     dtype = torch.float32 if first.dtype.is_floating_point else first.dtype
     for _, _, logits in said:

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from composer.core import TimeUnit
 from composer.utils import dist
 
 from composer_kd.recording import Journal, Record, RecordError, RecordLock, RowFormat, differences, seal
 from composer_kd.recording.manifest import read as read_manifest
 from composer_kd.teachers.batches import pick
+from composer_kd.teachers.schedule import Schedule, surely_asks
 from composer_kd.teachers.teacher import Signal, Teacher, TeacherError
+from composer_kd.topk import TopKLogits
 from composer_kd.vocabulary import DeferredLogits
 
 if TYPE_CHECKING:
@@ -31,8 +32,18 @@ _TEMPERATURES = (1.0, 2.0, 4.0, 8.0)
 
 _Found = TypeVar('_Found')
 
-# Of the records that this process writes: a run that failed leaves its lock to the next one in the same process.
+# Of the records that this process writes: a run that failed leaves them to the next one in the same process.
 _locks: dict[Path, RecordLock] = {}
+_journals: dict[Path, Journal] = {}
+
+
+class _Gap(NamedTuple):
+    """A shard that lacks samples: how many, and whether all."""
+
+    view: int
+    shard: int
+    missing: int
+    is_whole: bool
 
 
 class RecordedTeacher:
@@ -46,6 +57,7 @@ class RecordedTeacher:
 
     Attributes:
         format: What the record keeps of each vector of logits.
+        schedule: When the run asks, as far as that is known; set by :class:`.KnowledgeDistillation`.
 
     Raises:
         TeacherError: There is no record, or its manifest cannot be used.
@@ -61,6 +73,7 @@ class RecordedTeacher:
         self.format = self._record.format
         self._manifest = {'name': self.name, 'source': str(path), 'sha256': self._record.manifest['checksum']}
         self._device: Device | None = None
+        self.schedule = Schedule()
 
     def check(self, student: ComposerModel) -> None:
         """Raise :class:`TeacherError` if the record is of another number of classes than ``student`` has."""
@@ -68,30 +81,35 @@ class RecordedTeacher:
         if isinstance(wants, int) and has != wants:
             raise TeacherError(f'the record {self.path} has {has} classes, the student {wants}: they must be the same')
 
+    def look(self, loader: Any) -> None:
+        """Raise :class:`TeacherError` if the record is of other data than ``loader`` gives."""
+        found = differences(self._live_record().manifest, {'data': loader_with_keys(loader).identity()}, ['data'])
+        if found:
+            raise TeacherError(f'the record {self.path} is of other training data: {"; ".join(found)}')
+
     def prepare(self, state: State) -> None:
-        """See whether the record is of this run's training data, and has all that the run is to ask for.
+        """See whether the record is of this run's training data, and has all that the run is sure to ask for.
 
         All ranks look at a part of it each.
         """
-        record, loader = self._live_record(), loader_with_keys(state.dataloader)
+        loader = loader_with_keys(state.dataloader)
         self._device = state.device
 
-        def look() -> list[tuple[int, int, bool]]:
-            if found := differences(record.manifest, {'data': loader.identity()}, ['data']):
-                raise TeacherError(f'the record {self.path} is of other training data: {"; ".join(found)}')
+        def look() -> list[_Gap]:
+            self.look(loader)
             return self._gaps(self._views_asked_for(state, loader))
 
         gaps = [gap for found in on_all_ranks(look) for gap in found]
-        if absent := sorted(gap[:2] for gap in gaps if gap[2]):
-            view, shard = absent[0]
-            raise TeacherError(
-                f'the record {self.path} lacks {len(absent)} of its shards, the first of them shard {shard} of view '
-                f'{view}: run composer-kd record again, which adds them'
-            )
-        if gaps and dist.get_global_rank() == 0:
+        asked = self._views_asked_for(state, loader)
+        self._check_gaps(gaps, asked, getattr(loader.sampler, 'shuffle', True))
+        recorded = self._live_record().views()
+        lacking = [view for view in asked if view not in recorded]
+        parts = [f'samples in {len(gaps)} of its shards'] if gaps else []
+        parts += [f'all of {len(lacking)} {"view" if len(lacking) == 1 else "views"}'] if lacking else []
+        if parts and dist.get_global_rank() == 0:
             warnings.warn(
-                f'the record {self.path} lacks samples in {len(gaps)} of its shards, and a run that asks for one of '
-                'them ends there: composer-kd record adds them',
+                f'the record {self.path} lacks {" and ".join(parts)}, and a run that asks for one of them ends there: '
+                'composer-kd record adds them',
                 stacklevel=2,
             )
 
@@ -125,30 +143,58 @@ class RecordedTeacher:
             )
         return self._record
 
-    def _views_asked_for(self, state: State, loader: Any) -> int:
-        """How many views the run is to ask for; raises TeacherError if the record has fewer."""
-        asked, recorded = views_of_run(state, loader), self._live_record().views()
+    def _views_asked_for(self, state: State, loader: Any) -> dict[int, list[int]]:
+        """As of :meth:`.Schedule.asked`; raises TeacherError if the record has too few views."""
+        recorded = self._live_record().views()
         has = next(view for view in itertools.count() if view not in recorded)
-        if asked is not None and asked <= has:
-            return asked
         what = f'the record {self.path} has {has} {"view" if has == 1 else "views"}'
-        if not has:
+        asked = self.schedule.asked(state, loader)
+        if asked is None and loader.views is not None:
+            asked = {view: [] for view in range(loader.views)}
+        if not recorded:
             raise TeacherError(f'{what} of the training data: run composer-kd record, which adds them')
+        if asked is not None:
+            lacking = [view for view in asked if view not in recorded]
+            if not any(any(asked[view]) for view in lacking) and (not asked or len(lacking) < len(asked)):
+                return asked
+            if not has:
+                lacks = f'the record {self.path} lacks view {lacking[0]} of the training data'
+                raise TeacherError(f'{lacks}: run composer-kd record, which adds it')
         if loader.views is None:
             raise TeacherError(f'{what}, this run makes new ones each epoch: set train_data.views={has}')
         todo = f'set train_data.views={has}, or run composer-kd record --views {loader.views}, which adds them'
-        raise TeacherError(f'{what}, this run asks for {asked}: {todo}')
+        raise TeacherError(f'{what}, this run asks for {len(asked or ())}: {todo}')
 
-    def _gaps(self, views: int) -> list[tuple[int, int, bool]]:
-        """Of this rank's part of the shards, those that lack samples: view, number, and whether it lacks all."""
+    def _gaps(self, views: Iterable[int]) -> list[_Gap]:
+        """Of this rank's part of the shards of those views that the record has, those that lack samples."""
         record = self._live_record()
-        places = [(view, shard) for view in range(views) for shard in range(record.shards)]
+        recorded = record.views()
+        places = [(view, shard) for view in views if view in recorded for shard in range(record.shards)]
         gaps = []
         for view, shard in places[dist.get_global_rank() :: dist.get_world_size()]:
             counts, _ = record.shard(view, shard)
             if not counts.all():
-                gaps.append((view, shard, not counts.any()))
+                gaps.append(_Gap(view, shard, int((counts == 0).sum()), not counts.any()))
         return gaps
+
+    def _check_gaps(self, gaps: Sequence[_Gap], asked: Mapping[int, Sequence[int]], shuffles: bool) -> None:
+        """Raise TeacherError if the run is sure to ask for a sample that is missing."""
+        samples = self._live_record().samples
+        for view, numbers in asked.items():
+            missing = sum(gap.missing for gap in gaps if gap.view == view)
+            if not surely_asks(samples, missing, numbers if shuffles else numbers[:1]):
+                continue
+            absent = [gap for gap in gaps if gap.is_whole]
+            if any(gap.view == view for gap in absent):
+                first = min((gap.view, gap.shard) for gap in absent)
+                raise TeacherError(
+                    f'the record {self.path} lacks {len(absent)} of its shards, the first of them shard {first[1]} of '
+                    f'view {first[0]}: run composer-kd record again, which adds them'
+                )
+            raise TeacherError(
+                f'the record {self.path} lacks {missing} of {samples} samples in view {view}, and this run is to ask '
+                'for some of them: run composer-kd record, which adds them'
+            )
 
 
 class RecordingTeacher:
@@ -216,6 +262,22 @@ class RecordingTeacher:
         classes = classes_of(student)
         self.format = _or_teacher_error(lambda: row_format(self.path, classes, **self._options))
 
+    def look(self, loader: Any) -> None:
+        """Raise :class:`TeacherError` if this data cannot be recorded, or not there; the teacher is not looked at."""
+        if self.format is None:
+            raise TeacherError(f'teacher {self.name} was to be looked at before check()')
+        data = loader_with_keys(loader).identity()
+        there = _or_teacher_error(lambda: read_manifest(self.path))
+        if there is None:
+            names = (entry.name for entry in self.path.iterdir()) if self.path.is_dir() else ()
+            is_other = any(not name.startswith('.') and not name.endswith('.rows') for name in names)
+            if is_other or (self.path.exists() and not self.path.is_dir()):
+                raise TeacherError(f'{self.path} is there, but is no record; choose another path')
+            return
+        parts = ('data', 'classes', 'k', 'dtype', 'temperatures')
+        if found := differences(there, manifest_fields(self.format, {}, data, ''), parts):
+            raise TeacherError(f'{self.path} is another record: {"; ".join(found)}; choose another path, or delete it')
+
     def prepare(self, state: State) -> None:
         """Get the teacher ready, and open the record, which is made if need be, on all ranks."""
         if self.format is None:
@@ -224,16 +286,25 @@ class RecordingTeacher:
         row, loader, fields = self.format, loader_with_keys(state.dataloader), {}
         self._state = state
 
+        def look() -> None:
+            self.look(loader)
+            _close_journal(self.path)
+
         def begin() -> None:
             fields.update(manifest_fields(row, self.manifest(), loader.identity(), state.precision.value))
             if dist.get_global_rank() == 0:
                 lock_record(self.path)
-                seal(Record.create(self.path, fields))
+                try:
+                    seal(Record.create(self.path, fields))
+                except RecordError:
+                    unlock_record(self.path)
+                    raise
 
         def follow() -> None:
             self._record = Record.create(self.path, fields)
-            self._journal = Journal(self._record, dist.get_global_rank())
+            self._journal = _journals[self.path.absolute()] = Journal(self._record, dist.get_global_rank())
 
+        on_all_ranks(look)
         on_all_ranks(begin)
         on_all_ranks(follow)
 
@@ -252,9 +323,10 @@ class RecordingTeacher:
         is_whole = len(missing) == len(keys)
         part, places = (batch, None) if is_whole else pick(batch, device.tensor_to_device(missing))
         logits = one_per_row(self.teacher.signal(part, keys[missing]), self.name)
+        sound = (logits < torch.inf).all() if isinstance(logits, torch.Tensor) else None
         rows = _or_teacher_error(lambda: record.format.encode(logits))
         _check_number(self.path, len(rows), part, len(missing))
-        self._said.append(_Said(keys[missing].numpy(), rows_per_sample(part, len(missing), rows.device), rows))
+        self._said.append(_Said(keys[missing].numpy(), rows_per_sample(part, len(missing), rows.device), rows, sound))
         if places is not None:
             _check_number(self.path, len(rows) + len(recorded), batch, len(keys))
             rows = _woven(rows, places, _to_device(recorded, device))
@@ -281,34 +353,65 @@ class RecordingTeacher:
         except RecordError as error:
             raise TeacherError(f'teacher {self.name} cannot be recorded: {error}') from error
 
+    def overflowed(self) -> bool:
+        """Whether, of what was said since the last flush, logits that are unsound were sound before they were rounded.
+
+        To be asked on all ranks.
+        """
+        if self.format is None or self.format.dtype != 'float16':
+            return False
+        were_sound = True
+        for one in self._said:
+            recorded = self.format.decode(one.rows)
+            if one.sound is not None:
+                were_sound &= bool(one.sound)
+            elif isinstance(recorded, TopKLogits):  # more NaN than k are in the rest, too, which is never rounded so
+                were_sound &= not any(bool(tail.isnan().any()) for tail in recorded.tails.values())
+        outcomes: list[Any] = dist.all_gather_object(were_sound)
+        return all(outcomes)
+
     def seal(self) -> None:
         """Make shards of what all ranks have written down, together with them; at the end of the run, let go of it."""
-        if self._record is None or self._journal is None or self._state is None:
-            return
-        record, journal, state = self._record, self._journal, self._state
-
-        def close() -> None:
-            self.flush()
-            journal.close()
-
-        def make_shards() -> None:
-            if dist.get_global_rank() == 0:
-                seal(record)
-
-        on_all_ranks(close)
-        on_all_ranks(make_shards)
-        record.refresh()
-        if state.max_duration is None or state.timestamp >= state.max_duration:
-            unlock_record(self.path)
-            self._record = self._journal = self._state = None
+        state = self._state
+        if state is not None:
+            self._seal(is_last=state.max_duration is None or state.timestamp >= state.max_duration)
 
     def release(self) -> None:
-        """Take the teacher off the device for good; what it said is kept."""
+        """Take the teacher off the device for good, on all ranks; what it said is kept, and the record let go of."""
         self.teacher.release()
+        if self._state is not None:
+            self._seal(is_last=True)
+        else:
+            on_all_ranks(lambda: _close_journal(self.path))
+            on_all_ranks(lambda: _seal_what_is_left(self.path))
 
     def manifest(self) -> dict[str, Any]:
         """The teacher's."""
         return self.teacher.manifest()
+
+    def _seal(self, is_last: bool) -> None:
+        assert self._record is not None and self._journal is not None
+        record, journal = self._record, self._journal
+
+        def close() -> None:
+            self.flush()
+            journal.close()
+            if is_last:
+                _close_journal(self.path)
+
+        def make_shards() -> None:
+            if dist.get_global_rank() == 0:
+                seal(record)
+                if is_last:
+                    _tell_what_is_missing(record)
+
+        on_all_ranks(close)
+        on_all_ranks(make_shards)
+        if is_last:
+            unlock_record(self.path)
+            self._record = self._journal = self._state = None
+        elif dist.get_global_rank() != 0:  # which knows what it wrote
+            record.refresh()
 
 
 @dataclass(frozen=True)
@@ -318,6 +421,7 @@ class _Said:
     keys: np.ndarray
     counts: torch.Tensor
     rows: torch.Tensor
+    sound: torch.Tensor | None  # whether the logits were, before they were rounded; None if not known
 
 
 def row_format(
@@ -397,17 +501,6 @@ def loader_with_keys(loader: Any) -> Any:
     return loader
 
 
-def views_of_run(state: State, loader: Any) -> int | None:
-    """How many views of its training data a run is to ask for, from the first on; None if that is not known."""
-    end, per_epoch = state.max_duration, state.dataloader_len
-    epochs = None
-    if end is not None and end.unit == TimeUnit.EPOCH:
-        epochs = end.value
-    elif end is not None and end.unit == TimeUnit.BATCH and per_epoch is not None:
-        epochs = -(-end.value // per_epoch.value)
-    return min((number for number in (loader.views, epochs) if number is not None), default=None)
-
-
 def one_per_row(logits: Signal, name: str) -> torch.Tensor | DeferredLogits:
     """Logits of which each row is to be recorded; raises TeacherError if these are not."""
     if not isinstance(logits, torch.Tensor | DeferredLogits) or len(logits.shape) != 2:
@@ -449,6 +542,37 @@ def unlock_record(path: Path) -> None:
     lock = _locks.pop(path.absolute(), None)
     if lock is not None:
         lock.release()
+
+
+def _close_journal(path: Path) -> None:
+    """Close the journal of this rank, which a run that failed may have left open."""
+    journal = _journals.pop(path.absolute(), None)
+    if journal is not None:
+        journal.close()
+
+
+def _seal_what_is_left(path: Path) -> None:
+    """Make shards of what a run that was broken off has left in journals, unless another job is at it; on rank 0."""
+    manifest = read_manifest(path) if dist.get_global_rank() == 0 else None
+    if manifest is None or not any(path.glob('journal-*.bin')):
+        return
+    try:
+        lock_record(path)
+    except RecordError:  # who has it sees to the journals
+        return
+    try:
+        seal(Record.create(path, manifest))
+    finally:
+        unlock_record(path)
+
+
+def _tell_what_is_missing(record: Record) -> None:
+    views = record.views()
+    missing = record.samples * len(views) - record.size()[1]
+    if missing:
+        where = '1 view' if len(views) == 1 else f'{len(views)} views'
+        wanted = record.samples * len(views)
+        print(f'the record {record.path} lacks {missing} of {wanted} samples in {where}: composer-kd record adds them')
 
 
 def _or_teacher_error(work: Callable[[], _Found]) -> _Found:

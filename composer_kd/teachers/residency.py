@@ -18,16 +18,15 @@ def weight_bytes(network: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in _tensors(network))
 
 
-def can_wait(network: nn.Module, others: Iterable[nn.Module] = ()) -> bool:
-    """Whether a network's weights can be moved about.
+def can_wait(network: nn.Module) -> bool:
+    """Whether a network's weights can be moved about: those of types that packages for quantization make up cannot."""
+    return all(type(x) in (nn.Parameter, torch.Tensor) and x.layout == torch.strided for x in _tensors(network))
 
-    Those of types that packages for quantization make up cannot, nor what it shares with one of the ``others``.
-    """
-    not_its_own = {id(tensor) for other in others for tensor in _tensors(other)}
-    return all(
-        type(x) in (nn.Parameter, torch.Tensor) and x.layout == torch.strided and id(x) not in not_its_own
-        for x in _tensors(network)
-    )
+
+def shares_tensors(network: nn.Module, others: Iterable[nn.Module]) -> bool:
+    """Whether some of a network's weights are those of one of the ``others``, too."""
+    own = {id(tensor) for tensor in _tensors(network)}
+    return any(id(tensor) in own for other in others for tensor in _tensors(other))
 
 
 class Residency:

@@ -85,7 +85,7 @@ def test_checkpoint_holds_plain_values_of_the_teachers(setting, tmp_path):
     torch.save(dict(saved['state']['algorithms']), tmp_path / 'algorithms.pt')
     state = torch.load(tmp_path / 'algorithms.pt', weights_only=True)['KnowledgeDistillation']
     assert [sorted(manifest) for manifest in state['teachers']] == len(state['teachers']) * [
-        ['architecture', 'name', 'parameters', 'sha256', 'source']
+        ['architecture', 'name', 'options', 'parameters', 'sha256', 'source']
     ]
 
 

@@ -5,7 +5,7 @@ import weakref
 from pathlib import Path
 
 import torch
-from composer.core import Callback, State
+from composer.core import Callback, DataSpec, State
 from composer.models import ComposerClassifier
 
 from composer_kd.models import small_convnet
@@ -81,3 +81,8 @@ def hides_its_classes(num_classes: int) -> ComposerClassifier:
 
 def bare_network() -> torch.nn.Module:
     return torch.nn.Linear(1, 1)
+
+
+def without_keys() -> DataSpec:
+    """Training data of a loader that does not say which samples are in a batch."""
+    return DataSpec(torch.utils.data.DataLoader([(torch.zeros(1, 8, 8), 0)] * 4, batch_size=2))

@@ -3,12 +3,14 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import parts
 import pytest
 import torch
 
 from composer_kd.recipes import RecipeError, run
 from composer_kd.recipes.metrics_logger import read_metrics
+from composer_kd.recording import Journal, Record
 
 HEAD = """\
 model: {name: small_convnet, num_classes: 10, width: 4}
@@ -331,6 +333,69 @@ def test_mistakes_show_before_a_teacher_is_trained(recipes, mistake, capsys):
     assert (str(error.value)[: len(message)], error.value.exit_code) == (message, exit_code)
     assert 'training' not in capsys.readouterr().out
     assert not Path('runs').exists()
+
+
+RECORD = 'algorithms.knowledge_distillation.record=record'
+UNRECORDABLE = {
+    'mixup': ([RECORD, 'algorithms.mixup={}'], 'MixUp changes inputs after the loader'),
+    'no record': (['algorithms.knowledge_distillation.record=notes'], 'notes is there, but is no record'),
+    'two of the largest': (
+        [RECORD, 'algorithms.knowledge_distillation.record_top=3', 'teachers=[TEACHER, TEACHER]'],
+        'only the largest logits of the teachers are recorded, which cannot be averaged',
+    ),
+    'other data': (
+        ['teachers=[TEACHER, {name: recorded, path: other}]'],
+        'the record other is of other training data: ',
+    ),
+    'no keys': ([RECORD, 'train_data={name: parts.without_keys}'], 'does not say which samples are in a batch'),
+}
+
+
+@pytest.mark.filterwarnings('ignore:Cannot split tensor of length')
+@pytest.mark.parametrize('mistake', UNRECORDABLE)
+def test_what_cannot_be_recorded_shows_before_a_teacher_is_trained(recipes, mistake, capsys):
+    overrides, message = UNRECORDABLE[mistake]
+    overrides = [override.replace('TEACHER', '{name: network, recipe: teacher.yaml}') for override in overrides]
+    Path('notes').mkdir()
+    Path('notes', 'thesis.tex').touch()
+    if mistake == 'other data':
+        own = ['teachers=[{name: network, model: {name: small_convnet, num_classes: 10}}]', 'max_duration=1ba']
+        data = '{name: fashion_mnist, split: train, batch_size: 2, synthetic: true, subset: 4}'
+        run(
+            'x.yaml',
+            [
+                *own,
+                f'train_data={data}',
+                'eval_data=null',
+                'algorithms.knowledge_distillation.record=other',
+                'run_name=y',
+            ],
+        )
+        capsys.readouterr()
+    with pytest.raises(RecipeError) as error:
+        run('x.yaml', overrides)
+    assert message in str(error.value) and '\n' not in str(error.value) and error.value.exit_code == 2
+    assert 'training' not in capsys.readouterr().out
+    assert not Path('runs', 'teacher').exists() and [path.name for path in Path('notes').iterdir()] == ['thesis.tex']
+
+
+def test_what_a_run_recorded_that_was_killed_after_its_last_batch(recipes):
+    """Its journals become shards when its summary is written."""
+    more = [RECORD, 'save_interval=1ba', 'max_duration=3ba']
+    run('x.yaml', more)
+    whole = {path.name: path.read_bytes() for path in Path('record').iterdir()}
+    Path('runs', 'x', 'summary.json').unlink()
+    record = Record.open('record')
+    journal = Journal(Record.create('record', record.manifest), 0)
+    for shard in range(record.shards):
+        counts, rows = record.shard(0, shard)
+        ids = np.flatnonzero(counts) + shard * record.shard_samples
+        journal.append(np.stack([ids, np.zeros_like(ids)], 1), counts[counts > 0], rows)
+    journal.close()
+    for path in Path('record').glob('view*'):
+        path.unlink()
+    run('x.yaml', [*more, 'autoresume=true'])
+    assert {path.name: path.read_bytes() for path in Path('record').iterdir()} == whole
 
 
 def test_a_bad_checkpoint_shows_before_another_teacher_is_trained(recipes):

@@ -132,7 +132,30 @@ def test_manifest_is_of_the_weights_alone():
     plain, wrapped = NetworkTeacher(network(1)), NetworkTeacher(classifier(1), name='wrapped')
     assert plain.manifest() | {'name': 'wrapped'} == wrapped.manifest()
     assert plain.manifest()['sha256'] != NetworkTeacher(network(2)).manifest()['sha256']
-    assert ready(network(1), dtype='bfloat16').manifest() == plain.manifest()
+    assert ready(network(1), compile=False, channels_last=True).manifest() == plain.manifest()
+
+
+MEAN_AND_STD = [0.5], [0.25]
+
+
+@pytest.mark.parametrize(
+    ('options', 'expected'),
+    [
+        ({}, {}),
+        ({'dtype': 'bfloat16'}, {'dtype': 'bfloat16'}),
+        ({'precision': 'fp32'}, {'precision': 'fp32'}),
+        ({'input_size': 14}, {'input_size': [14, 14]}),
+        ({'normalization': MEAN_AND_STD, 'student_normalization': MEAN_AND_STD}, {}),
+        (
+            {'normalization': MEAN_AND_STD, 'student_normalization': ([0.0], [1.0])},
+            {'normalization': [[0.5], [0.25]], 'student_normalization': [[0.0], [1.0]]},
+        ),
+    ],
+)
+def test_manifest_has_the_options_that_decide_the_answers(options, expected):
+    teacher = ready(network(1), **options)
+    assert teacher.manifest()['options'] == expected
+    assert {**teacher.manifest(), 'options': {}} == NetworkTeacher(network(1)).manifest()
 
 
 def test_released_is_released():

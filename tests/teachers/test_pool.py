@@ -182,6 +182,8 @@ def test_samples_of_a_batch():
     assert torch.equal(picked['input_ids'].flatten()[picked['positions']], flat[rows])
     assert pick((IMAGES, [1, 2]), torch.tensor([2]))[0][1] == [1, 2]
     assert torch.equal(pick(IMAGES, torch.tensor([2]))[0], IMAGES[2:3])
+    (inner, labels), _ = pick(({'x': (IMAGES, 'as it is')}, torch.arange(4)), torch.tensor([1, 3]))
+    assert torch.equal(inner['x'][0], IMAGES[[1, 3]]) and inner['x'][1] == 'as it is' and labels.tolist() == [1, 3]
     assert samples_in(batch) == 5 and samples_in((None, IMAGES)) == 4 and samples_in({}) == 0
 
 

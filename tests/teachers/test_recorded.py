@@ -1,5 +1,6 @@
 """Teachers that speak from a record, and those whose words go into one, in real runs."""
 
+import contextlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,10 +9,17 @@ import pytest
 import torch
 from composer import Trainer
 from composer.algorithms import SAM
-from composer.core import Precision
+from composer.core import Callback, Precision
 from composer.devices import DeviceCPU
 
-from composer_kd import KnowledgeDistillation, NetworkTeacher, RecordedTeacher, TeacherError
+from composer_kd import (
+    EarlyStopDistillation,
+    KnowledgeDistillation,
+    NetworkTeacher,
+    RecordedTeacher,
+    TeacherError,
+    TeacherSampling,
+)
 from composer_kd import data as builders
 from composer_kd.losses import kl, topk_bias
 from composer_kd.models import masked_lm, small_convnet
@@ -319,11 +327,154 @@ def test_a_sample_that_is_missing_is_named(copied):
     counts, rows = (x.copy() for x in record.shard(1, 0))
     counts[2] = 0
     writer.write(1, 0, counts, np.delete(rows, 2, axis=0))
+    with pytest.raises(TeacherError, match='lacks 1 of 70 samples in view 1, and this run is to ask for some of them'):
+        train(distillation(RecordedTeacher(copied)))
     with (
         pytest.warns(UserWarning, match='lacks samples in 1 of its shards'),
         pytest.raises(TeacherError, match='lacks sample 2 in view 1: composer-kd record adds it'),
     ):
-        train(distillation(RecordedTeacher(copied)))
+        train(distillation(RecordedTeacher(copied), probability=0.999))
+
+
+REPLAYED = {
+    'early stop': [EarlyStopDistillation('0.34dur')],
+    'late start': [EarlyStopDistillation('1dur', start='1ep')],
+    'interval': [],
+    'sampling': [TeacherSampling(1)],
+    'drop_last': [],
+}
+
+
+@pytest.mark.parametrize('case', REPLAYED)
+def test_the_run_that_recorded_can_be_replayed(case, tmp_path, capsys):
+    """Whatever it did not ask for, the very same run will not ask for either."""
+    number = 3 if case == 'sampling' else 1
+    options = {'interval': 4} if case == 'interval' else {}
+    data = {'views': 1, 'drop_last': True} if case == 'drop_last' else {'views': None}
+    end = {'max_duration': '1ep' if case == 'drop_last' else '4ep'}
+
+    def weights(*teachers, **more):
+        run = distillation(list(teachers), **more, **options)
+        return train(run, *REPLAYED[case], data=loader(**data), **end)
+
+    teachers = [NetworkTeacher(convnet(seed), name=str(seed)) for seed in range(number)]
+    online = weights(*teachers, record=tmp_path)
+    said = capsys.readouterr().out
+    lacks = case != 'late start'
+    assert (f'the record {tmp_path}' in said and 'composer-kd record adds them' in said) == lacks
+    folders = sorted(path.parent for path in tmp_path.rglob('manifest.json'))
+    with pytest.warns(UserWarning, match='composer-kd record adds them') if lacks else contextlib.nullcontext():
+        assert same(weights(*map(RecordedTeacher, folders)), online)
+
+
+def test_gaps_that_a_longer_run_is_sure_to_ask_for(tmp_path):
+    data = {'views': 1, 'drop_last': True}
+    train(distillation(record=tmp_path), data=loader(**data), max_duration='1ep')
+    with pytest.raises(TeacherError, match='lacks 6 of 70 samples in view 0, and this run is to ask for some of them'):
+        train(distillation(RecordedTeacher(tmp_path)), data=loader(**data), max_duration='2ep')
+
+
+def test_a_view_that_comes_after_the_stop_is_not_asked_for(folder):
+    stop = EarlyStopDistillation('2ep')
+    assert same(
+        train(distillation(RecordedTeacher(folder)), stop, data=loader(views=None)),
+        train(distillation(), stop, data=loader(views=None)),
+    )
+    with pytest.raises(TeacherError, match='has 2 views, this run makes new ones'):
+        train(distillation(RecordedTeacher(folder)), EarlyStopDistillation('11ba'), data=loader(views=None))
+
+
+@pytest.mark.parametrize('batch', [3, 4])
+def test_journals_are_sealed_at_the_stop_and_after_it(batch, tmp_path):
+    """Whether the run was killed before or after the teachers were released: once it is resumed, no journal is left."""
+
+    class Killed(Exception):
+        pass
+
+    class Kill(Callback):
+        def batch_checkpoint(self, state, logger):
+            if state.timestamp.batch == batch:
+                raise Killed
+
+    path, stop, end = tmp_path / 'r', EarlyStopDistillation('3ba'), {'max_duration': '8ba'}
+    options = {'save_folder': str(tmp_path / 'run'), 'save_interval': '1ba', 'save_num_checkpoints_to_keep': -1}
+    with pytest.raises(Killed):
+        train(distillation(record=path), stop, callbacks=[Kill()], **options, **end)
+    assert path.joinpath('journal-0.bin').exists() == (batch == 3), 'sealed at the stop'
+    saved = str(tmp_path / 'run' / f'ep0-ba{batch}-rank0.pt')
+    if not Path(saved).exists():
+        saved = str(max((tmp_path / 'run').glob('ep0-ba*.pt')))
+    train(distillation(record=path), stop, load_path=saved, model=convnet(5), **end)
+    assert not list(path.glob('journal*')) and not (path / '.lock').exists()
+    assert Record.open(path).size()[1] == 3 * BATCH
+
+
+class Loud(torch.nn.Module):
+    """Says more than float16 can hold, or what is not a number."""
+
+    def __init__(self, value):
+        super().__init__()
+        self.value = value
+
+    def forward(self, images):
+        return torch.full((len(images), 10), self.value)
+
+
+@pytest.mark.parametrize('options', [{'record_top': 3}, {'record_dtype': 'float16'}])
+def test_logits_that_float16_cannot_hold(options, tmp_path):
+    with pytest.raises(TeacherError, match=r"at batch 0 that float16 cannot hold: record with record_dtype='float32'"):
+        train(distillation(NetworkTeacher(Loud(1e5)), record=tmp_path / 'loud', **options))
+    for value in (torch.nan, torch.inf):
+        with pytest.raises(TeacherError, match='gave NaN or infinity at batch 0'):
+            train(distillation(NetworkTeacher(Loud(value)), record=tmp_path / str(value), **options))
+
+
+OTHER_OPTIONS = {
+    'input_size': ({'input_size': 14}, r'teacher options: \{\} there, \{"input_size": \[14, 14\]\} here'),
+    'dtype': ({'dtype': 'float64'}, r'teacher options: .*float64'),
+    'precision': ({'precision': 'fp32'}, r'teacher options: .*precision'),
+    'normalization': (
+        {'normalization': ([0.5], [9.0]), 'student_normalization': ([0.2], [0.3])},
+        'teacher options: .*normalization',
+    ),
+}
+
+
+@pytest.mark.parametrize('case', OTHER_OPTIONS)
+def test_a_teacher_with_other_options_is_another(case, folder, tmp_path):
+    options, message = OTHER_OPTIONS[case]
+    teacher = NetworkTeacher(convnet(7, width=3), **options)
+    with pytest.raises(TeacherError, match=message):
+        train(distillation(teacher, record=folder))
+    train(distillation(), max_duration='1ba', save_folder=str(tmp_path), save_interval='1ba')
+    with pytest.raises(TeacherError, match=f'other options for teacher number 0.*{case}'):
+        train(distillation(teacher), load_path=str(tmp_path / 'latest-rank0.pt'))
+
+
+def test_a_folder_that_is_no_record(tmp_path):
+    (tmp_path / 'thesis.tex').touch()
+    with pytest.raises(TeacherError, match='is there, but is no record; choose another path'):
+        train(distillation(record=tmp_path))
+    with pytest.raises(TeacherError, match='is there, but is no record; choose another path'):
+        train(distillation(record=tmp_path / 'thesis.tex'))
+    assert [path.name for path in tmp_path.iterdir()] == ['thesis.tex']
+
+
+def test_each_sample_hears_one_of_two_records_of_other_temperatures(tmp_path):
+    for index, temperature in enumerate((3.0, 2.0)):
+        run = KnowledgeDistillation(
+            network_teacher(), temperature=temperature, record=tmp_path / str(index), record_top=3
+        )
+        train(run, max_duration='1ep')
+    weights = [
+        train(
+            distillation([RecordedTeacher(tmp_path / str(index)) for index in (0, 1)]),
+            TeacherSampling(1, per=per),
+            max_duration='1ep',
+        )
+        for per in ('batch', 'sample')
+    ]
+    assert same(*weights), 'it is one and the same teacher'
 
 
 def test_who_cannot_be_taught_or_recorded(folder, tmp_path):

@@ -21,7 +21,7 @@ from composer_kd import (
 )
 from composer_kd.algorithms.knowledge_distillation import distills
 from composer_kd.algorithms.teacher_sampling import draw_teachers
-from composer_kd.teachers.residency import Residency, can_wait, weight_bytes
+from composer_kd.teachers.residency import Residency, can_wait, shares_tensors, weight_bytes
 from settings import CLASSES, network, teachers, train, trainer, weights
 
 CPU = torch.device('cpu')
@@ -111,15 +111,24 @@ def test_who_cannot_wait():
         pass
 
     model, shared = various(), various()
-    assert can_wait(model) and can_wait(model, [shared])
+    assert can_wait(model) and not shares_tensors(model, [shared])
     shared.head = model.head
-    assert not can_wait(model, [shared])
+    assert shares_tensors(model, [shared]) and shares_tensors(shared, [model])
     model.conv.weight = Packed(model.conv.weight, requires_grad=False)
     assert not can_wait(model)
     for pool in ([NetworkTeacher(model)], [NetworkTeacher(network(1))] * 2):
         with pytest.raises(TeacherError, match=r"residency='host' is not for teacher \w+ \(number \d\)"):
             TeacherPool(pool, residency='host').prepare(STATE)
         TeacherPool(pool).prepare(STATE)
+
+
+def test_neither_of_two_that_share_waits(monkeypatch):
+    models = [various() for _ in range(3)]
+    models[1].head = models[0].head
+    pool = TeacherPool([NetworkTeacher(model) for model in models])
+    monkeypatch.setattr(pool, '_room', lambda device: 1.0)
+    pool.prepare(STATE)
+    assert pool._residency is not None and list(pool._residency._weights) == [2]
 
 
 @pytest.mark.parametrize('residency', ['auto', 'device'])
