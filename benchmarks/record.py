@@ -76,14 +76,14 @@ def now() -> Moment:
     return time.perf_counter(), time.process_time()
 
 
-def images(samples: int, size: int, batch_size: int, num_workers: int, **of_batches: Any) -> DataSpec:
+def images(samples: int, size: int, batch_size: int, num_workers: int) -> DataSpec:
     """The training data of all: noise, held in memory, with random labels."""
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(256, (samples, 3, size, size), dtype=torch.uint8, generator=generator)
     labels = torch.randint(CLASSES, (samples,), generator=generator)
     dataset = TensorImages(pixels, labels, normalize=Normalize('imagenet'))
     options = {'batch_size': batch_size, 'train': True, 'num_workers': num_workers, 'collate_fn': whole_batch}
-    return data_spec(dataset, **options, **of_batches)
+    return data_spec(dataset, **options)
 
 
 def images_to_record(samples: int, size: int, batch_size: int, num_workers: int) -> DataSpec:
@@ -93,7 +93,9 @@ def images_to_record(samples: int, size: int, batch_size: int, num_workers: int)
         arrived.append(now())
         return batch
 
-    return images(samples, size, batch_size, num_workers, batch_transforms=note)
+    spec = images(samples, size, batch_size, num_workers)
+    spec.batch_transforms = note  # afterwards, as it changes nothing that a record would be of
+    return spec
 
 
 class Clock(Batches):
