@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 
+SECONDS_FOR_THREADS = 0.1
 SECONDS_FOR_RANK_ZERO = 20  # to say what is wrong, before another rank does
 
 
@@ -98,7 +99,6 @@ def record_teachers(arguments: argparse.Namespace, overrides: Sequence[str], com
     """Record what the teachers of a recipe say, on this rank; `command` is run again on each, if there are several."""
     if 'RANK' not in os.environ:
         launch(command, _ranks(arguments, overrides))
-    import torch.distributed
 
     from composer_kd.record import record
 
@@ -111,8 +111,7 @@ def record_teachers(arguments: argparse.Namespace, overrides: Sequence[str], com
         dtype=arguments.dtype,
         verify=arguments.verify,
     )
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    leave_ranks()
 
 
 def _ranks(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
@@ -136,17 +135,26 @@ def launch(arguments: Sequence[str], ranks: int) -> None:
         os.execv(sys.executable, command)
 
 
+def leave_ranks() -> None:
+    """Part from the other ranks, if there are any, when all have done their work."""
+    import torch.distributed
+
+    if torch.distributed.is_initialized():
+        # Gloo's threads free the tensors of what was gathered last, for which they need Python's lock; torch keeps it
+        # while it waits for these threads to end. So they get it now.
+        torch.distributed.barrier()
+        time.sleep(SECONDS_FOR_THREADS)
+        torch.distributed.destroy_process_group()
+
+
 def run_recipe(file: str, overrides: Sequence[str]) -> int:
     """Run a recipe on this rank; returns the exit code."""
 
     def work() -> None:
-        import torch.distributed
-
         from composer_kd.recipes import run
 
         run(file, overrides)
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+        leave_ranks()
 
     return guarded(work)
 
