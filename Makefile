@@ -17,3 +17,5 @@ bench:
 	OMP_NUM_THREADS=1 uv run --group peers python benchmarks/step_time.py
 	OMP_NUM_THREADS=1 uv run --group peers python benchmarks/step_time_bert.py
 	OMP_NUM_THREADS=1 uv run --group peers python benchmarks/lm_loss.py
+	OMP_NUM_THREADS=1 uv run --group peers python benchmarks/record.py
+	OMP_NUM_THREADS=1 uv run python benchmarks/pool.py
