@@ -34,7 +34,8 @@ def main() -> None:
     arguments = options()
     always = ['train_data.augment=true', f'max_duration={arguments.epochs}ep', *arguments.overrides]
     taught = 'fashion_mnist_augmented_teacher'
-    of_teacher = ['train_data.augment=true', f'run_name={taught}', *(arguments.overrides if arguments.quick else [])]
+    of_teacher = ['train_data.augment=true', f'run_name={taught}']
+    of_teacher += [*arguments.overrides, 'max_duration=1ep'] if arguments.quick else []
     teacher = [f'teachers.0.overrides={json.dumps(of_teacher)}']
     views_of, intervals = (_VIEWS[:1], ()) if arguments.quick else (_VIEWS, _INTERVALS)
     ways: dict[str, tuple[Path, list[str]]] = {
@@ -130,7 +131,7 @@ def options() -> argparse.Namespace:
     arguments.seeds = arguments.seeds or (1 if arguments.quick else 3)
     arguments.epochs = arguments.epochs or (1 if arguments.quick else 8)
     arguments.runs_dir = arguments.runs_dir or ('runs/quick' if arguments.quick else 'runs')
-    arguments.overrides += ['train_data.subset=1024'] if arguments.quick else []
+    arguments.overrides += ['train_data.subset=1024', 'eval_data.subset=1024'] if arguments.quick else []
     return arguments
 
 

@@ -1,7 +1,36 @@
 """Warnings are errors in these tests, but for those that Composer's dependencies give while they are imported."""
 
+import gc
+import multiprocessing
 import warnings
+
+import pytest
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 with warnings.catch_warnings():
     warnings.simplefilter('ignore')
     import composer  # noqa: F401
+
+from composer_kd.memory import free_closed_runs
+
+
+def pytest_collection_finish() -> None:
+    """Whatever is imported is there to stay: to look whether it is garbage, again and again, would take minutes."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope='module', autouse=True)
+def closed_runs_are_freed():
+    yield
+    free_closed_runs()
+
+
+@pytest.fixture(autouse=True)
+def workers_are_ended():
+    """Those of loaders that nobody has any more: torch waits seconds for each, once Python finds out."""
+    yield
+    if multiprocessing.active_children():
+        for thing in gc.get_objects():
+            if type(thing) is _MultiProcessingDataLoaderIter:
+                thing._shutdown_workers()

@@ -1,11 +1,15 @@
 """What tests of several packages share."""
 
 import gzip
+import multiprocessing
 import os
 import shutil
 import socket
 import subprocess
 import sys
+import tempfile
+import time
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from composer import Trainer
+from composer.utils import dist
 from PIL import Image
 
 
@@ -137,24 +142,64 @@ def another_writer(record):
         process.communicate(b'\n')
 
 
+# Composer takes seconds to import: once, by a process that does nothing else, whose forks have it at once.
+_forks = multiprocessing.get_context('forkserver')
+_forks.set_forkserver_preload(['composer_kd.glue', 'composer_kd.record'])
+
+
+def in_forks(work, calls, environments, seconds=300):
+    """Do some work in processes of their own at the same time; what each printed, on stdout alone.
+
+    Args:
+        work: A function of a module.
+        calls: Its arguments, for each process.
+        environments: The variables of each process.
+        seconds: For all of it.
+    """
+    with tempfile.TemporaryDirectory() as logs:
+        files = [(f'{logs}/out{number}', f'{logs}/err{number}') for number in range(len(calls))]
+        forks = [
+            _forks.Process(target=_in_fork, args=(work, *given))
+            for given in zip(calls, environments, files, strict=True)
+        ]
+        for fork in forks:
+            fork.start()
+        patience = time.monotonic() + seconds
+        for fork in forks:
+            fork.join(max(0, patience - time.monotonic()))
+        codes = [fork.exitcode for fork in forks]
+        for fork in forks:
+            fork.kill()
+            fork.join()
+            fork.close()
+        said = [[Path(file).read_text() for file in pair] for pair in files]
+    assert not any(codes) and None not in codes, (codes, said)
+    return [out for out, _ in said]
+
+
+def _in_fork(work, arguments, environment, files):
+    os.environ.clear()
+    os.environ.update(environment)
+    if threads := environment.get('OMP_NUM_THREADS'):
+        torch.set_num_threads(int(threads))
+    multiprocessing.set_start_method('fork', force=True)  # of the workers of loaders, as everywhere
+    for number, file in enumerate(files, 1):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)
+    work(*arguments)
+
+
 def on_two_ranks(code, folder):
-    """Run Python code on two ranks that are joined already, in `folder`; what each printed."""
+    """Run Python code, for which `dist` is there, on two ranks that are joined, in `folder`; what each printed."""
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         port = str(free.getsockname()[1])
     world = {'WORLD_SIZE': '2', 'LOCAL_WORLD_SIZE': '2', 'NODE_RANK': '0', 'MASTER_ADDR': '127.0.0.1'}
-    join = "from composer.utils import dist\ndist.initialize_dist('cpu', timeout=60)\n"
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, '-W', 'ignore', '-c', join + code],
-            cwd=folder,
-            env={**os.environ, **world, 'MASTER_PORT': port, 'RANK': rank, 'LOCAL_RANK': rank},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in '01'
-    ]
-    said = [rank.communicate(timeout=120) for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], said
-    return [out for out, _ in said]
+    ranks = [{**os.environ, **world, 'MASTER_PORT': port, 'RANK': rank, 'LOCAL_RANK': rank} for rank in '01']
+    return in_forks(_be_rank, 2 * [(code, folder)], ranks, seconds=120)
+
+
+def _be_rank(code, folder):
+    os.chdir(folder)
+    warnings.simplefilter('ignore')
+    dist.initialize_dist('cpu', timeout=60)
+    exec(code, {'__name__': '__main__', 'dist': dist})

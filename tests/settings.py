@@ -93,12 +93,12 @@ SETTINGS: dict[str, Callable[[], list[Algorithm]]] = {
 
 
 def data(batch_size: int = BATCH, channels: int = 1, size: int = 8) -> DataLoader:
-    """A training loader that knows which samples are in a batch."""
+    """A training loader that knows which samples are in a batch, and has a view of them for each epoch."""
     generator = torch.Generator().manual_seed(7)
     images = torch.randn(SAMPLES, channels, size, size, generator=generator)
     labels = torch.randint(CLASSES, (SAMPLES,), generator=generator)
     dataset = TensorDataset(images, labels)
-    return data_spec(dataset, batch_size=batch_size, train=True, num_workers=0).dataloader
+    return data_spec(dataset, batch_size=batch_size, train=True, views=EPOCHS).dataloader
 
 
 def trainer(

@@ -12,6 +12,7 @@ from composer.models import HuggingFaceModel
 from transformers import BertConfig, BertForMaskedLM
 
 from composer_kd import data
+from composer_kd.memory import end_workers
 
 WORDS = 400
 
@@ -93,6 +94,7 @@ def train(spec, max_duration, dropout=0.1, **kwargs):
     )
     trainer.fit()
     trainer.close()
+    end_workers(trainer.state)
     return model.state_dict(), watch
 
 

@@ -1,7 +1,5 @@
 """A recipe file -> a finished run in a folder of its own."""
 
-import atexit
-import gc
 import os
 import pickle
 import shutil
@@ -18,13 +16,13 @@ from typing import Any
 
 import torch
 import torch.backends.cudnn
-import torch.distributed.checkpoint.state_dict
 from composer import Trainer
-from composer.core import Engine, Event
+from composer.core import Event
 from composer.utils import dist, get_device
 
 from composer_kd.algorithms import EarlyStopDistillation, KnowledgeDistillation, TeacherSampling
 from composer_kd.data.text_files import TextError
+from composer_kd.memory import end_workers, free_closed_runs
 from composer_kd.recipes.build import build
 from composer_kd.recipes.check import Plan, TeacherPlan, TeacherRun, check
 from composer_kd.recipes.folder import (
@@ -48,6 +46,8 @@ from composer_kd.tokenization import saved_tokenizer, tokenizer_difference
 _CAUSED_BY_PEOPLE = (ValueError, OSError, ImportError, NotImplementedError, TeacherError)
 _CAUSED_BY_CHECKPOINTS = (RuntimeError, LookupError, EOFError, pickle.UnpicklingError)
 
+_signal_file = dist.get_node_signal_file_name
+
 SECONDS_BETWEEN_LOOKS = 2.0  # at a folder in which another launch is at work
 
 
@@ -68,8 +68,11 @@ def run(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     start(plan)
     on_rank_zero(lambda: check_name(plan.recipe))
     _rehearse(plan)
-    with FolderLock(plan.recipe) as lock:
-        return _train(plan, lock)
+    try:
+        with FolderLock(plan.recipe) as lock:
+            return _train(plan, lock)
+    finally:
+        free_closed_runs()
 
 
 def assemble(plan: Plan, look: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
@@ -94,10 +97,17 @@ def start(plan: Plan) -> None:
             dist.initialize_dist(device, plan.trainer.get('dist_timeout', 300.0))
     except (ValueError, RuntimeError, ImportError) as error:
         raise plan.recipe.error(('device',), str(error), 2 if isinstance(error, ValueError) else 1) from error
+    if dist.get_world_size() > ranks:
+        dist.get_node_signal_file_name = _signal_file_of_node
     on_cpu = device == 'cpu' or not torch.cuda.is_available()
     if on_cpu and ranks > 1 and 'OMP_NUM_THREADS' not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))  # ranks that share cores stall each other
     warnings.filterwarnings('ignore', message='Cannot split tensor of length')  # the last batch is a small one
+
+
+def _signal_file_of_node() -> str:
+    """A name for each node: Composer's is the same on all, which would remove each other's file in a shared folder."""
+    return f'{_signal_file()}_node{dist.get_node_rank()}'
 
 
 def _rehearse(
@@ -161,6 +171,7 @@ def _train(plan: Plan, lock: FolderLock) -> dict[str, Any]:
         _fit(trainer)
     except BaseException as error:
         trainer.engine.close()  # not trainer.close(), which would wait for ranks that may never come
+        end_workers(trainer.state)
         if is_new and trainer.state.timestamp.batch - batches <= 1 and not trainer.saved_checkpoints:
             _remove(folder)
         for kind, key in ((TeacherError, 'teachers'), (TextError, 'train_data')):
@@ -168,6 +179,7 @@ def _train(plan: Plan, lock: FolderLock) -> dict[str, Any]:
                 raise recipe.error((key,), str(error), exit_code=1) from error
         raise
     trainer.close()
+    end_workers(trainer.state)
     seconds = sum(run.seconds for run in teachers if run)
     summary = on_rank_zero(lambda: summarize(plan, trainer, folder, seconds))
     _say(lines(summary, folder))
@@ -253,7 +265,7 @@ def _teacher_run(teacher: TeacherPlan) -> TeacherRun | None:
             recipe.config['autoresume'] = teacher.recipe.trainer['autoresume'] = True
             with _determinism_kept():
                 summary = _train(teacher.recipe, lock)
-            _free_memory()
+            free_closed_runs()
         else:
             _say(f'found the teacher {recipe.path} in {folder}')
     if summary['checkpoint'] is None:
@@ -286,17 +298,6 @@ def _determinism_kept() -> Iterator[None]:
         torch.set_deterministic_debug_mode(mode)
         torch.backends.cudnn.benchmark = benchmark
         torch.backends.cudnn.deterministic = deterministic
-
-
-def _free_memory() -> None:
-    """Let go of closed runs, whose state Composer's exit handler and torch's cache of parameter names would keep."""
-    atexit.unregister(Engine._close)
-    names = getattr(torch.distributed.checkpoint.state_dict, '_get_fqns', None)
-    if names and hasattr(names, 'cache_clear'):
-        names.cache_clear()
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def _say(text: str) -> None:

@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import VisionDataset
-from torchvision.models.resnet import Bottleneck, ResNet
+from torchvision.models.resnet import Bottleneck
 
 from composer_kd import KnowledgeDistillation, NetworkTeacher
 from composer_kd.algorithms.inputs import changes_inputs
@@ -62,9 +62,19 @@ class Witness(Callback):
 
 
 def resnet(seed):
+    """A small one, with a stem and blocks as those of ResNet-50."""
+
+    def block(channels, planes, stride):
+        downsample = nn.Sequential(nn.Conv2d(channels, 4 * planes, 1, stride, bias=False), nn.BatchNorm2d(4 * planes))
+        return Bottleneck(channels, planes, stride, downsample)
+
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return nn.Sequential(ResNet(Bottleneck, [1, 1, 1, 1], num_classes=8), nn.Dropout(0.1), nn.Linear(8, CLASSES))
+        return nn.Sequential(
+            *(nn.Conv2d(3, 16, 7, 2, 3, bias=False), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(3, 2, 1)),
+            *(block(16, 8, 1), block(32, 16, 2)),
+            *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.1), nn.Linear(64, CLASSES)),
+        )
 
 
 class Pictures(VisionDataset):

@@ -1,15 +1,12 @@
 """What holds for every way to distill."""
 
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from composer_kd import KnowledgeDistillation
+from helpers import on_two_ranks
 from settings import BATCH, BATCHES, SETTINGS, classifier, logged, save_everything, train, trainer, weights
 
 every_setting = pytest.mark.parametrize('setting', SETTINGS)
@@ -97,18 +94,37 @@ def test_one_batch_equals_its_microbatches(setting):
         torch.testing.assert_close(parts[name], whole[name], rtol=1e-5, atol=1e-6)
 
 
+TWO_RANKS = """
+from pathlib import Path
+
+import torch
+from composer.utils import dist
+
+from composer_kd import KnowledgeDistillation, NetworkTeacher, TeacherError
+from settings import CLASSES, save_everything, trainer
+
+torch.set_num_threads(1)
+save_everything(Path())
+
+class SaysNanOnRankOne(torch.nn.Module):
+    def forward(self, images):
+        return torch.full((len(images), CLASSES), float('nan') if dist.get_global_rank() == 1 else 0.0)
+
+run = trainer([KnowledgeDistillation(NetworkTeacher(SaysNanOnRankOne()))])
+try:
+    run.fit()
+except TeacherError as error:
+    Path(f'rank{dist.get_global_rank()}.txt').write_text(str(error))
+run.engine.close()
+"""
+
+
 @pytest.mark.dist
 def test_two_ranks_equal_one_and_stop_together(tmp_path):
     for ranks in ('one', 'two'):
         (tmp_path / ranks).mkdir()
     save_everything(tmp_path / 'one')
-    script = Path(__file__).parents[1] / 'two_ranks.py'
-    subprocess.run(
-        [sys.executable, '-m', 'composer', '-n', '2', str(script), str(tmp_path / 'two')],
-        check=True,
-        timeout=300,
-        env={**os.environ, 'OMP_NUM_THREADS': '1'},
-    )
+    on_two_ranks(TWO_RANKS, tmp_path / 'two')
     for name in SETTINGS:
         one, two = (torch.load(tmp_path / ranks / f'{name}.pt') for ranks in ('one', 'two'))
         for key in one:

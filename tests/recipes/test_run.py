@@ -1,5 +1,7 @@
 import hashlib
+import importlib
 import json
+import multiprocessing
 import sys
 from pathlib import Path
 
@@ -8,6 +10,7 @@ import parts
 import pytest
 import torch
 
+from composer_kd.memory import free_closed_runs
 from composer_kd.recipes import RecipeError, run
 from composer_kd.recipes.metrics_logger import read_metrics
 from composer_kd.recording import Journal, Record
@@ -187,6 +190,22 @@ def test_the_teachers_run_frees_its_memory(recipes, write):
     assert parts.LookForState.found is False
 
 
+def test_a_run_ends_its_workers_and_frees_its_memory(write, monkeypatch):
+    data = '{name: fashion_mnist, synthetic: true, subset: 64, split: train, batch_size: 32, num_workers: 1}'
+    overrides = [f'train_data={data}', f'eval_data={data}', 'max_duration=1ep', 'callbacks={parts.RememberState: {}}']
+    write('', 'x.yaml', HEAD)
+    before, left = {*multiprocessing.active_children()}, []
+
+    def look_and_free():
+        left.extend({*multiprocessing.active_children()} - before)
+        free_closed_runs()
+
+    monkeypatch.setattr(importlib.import_module('composer_kd.recipes.run'), 'free_closed_runs', look_and_free)
+    run('x.yaml', overrides)
+    assert not left  # for Python to find: it would wait for each of them for seconds
+    assert parts.RememberState.state() is None
+
+
 def test_an_unfinished_teacher_is_finished(recipes, write, capsys):
     write('callbacks: {parts.Interrupt: {}}\n', 'teacher.yaml', TEACHER.replace('1ep', '2ep'))
     parts.Interrupt.batch = 7
@@ -337,7 +356,7 @@ def test_mistakes_show_before_a_teacher_is_trained(recipes, mistake, capsys):
 
 RECORD = 'algorithms.knowledge_distillation.record=record'
 UNRECORDABLE = {
-    'mixup': ([RECORD, 'algorithms.mixup={}'], 'MixUp changes inputs after the loader'),
+    'mixup': ([RECORD, 'algorithms.mixup={}'], 'command line: algorithms.mixup: MixUp changes inputs after the loader'),
     'no record': (['algorithms.knowledge_distillation.record=notes'], 'notes is there, but is no record'),
     'two of the largest': (
         [RECORD, 'algorithms.knowledge_distillation.record_top=3', 'teachers=[TEACHER, TEACHER]'],
