@@ -73,7 +73,11 @@ def test_records_once_and_says_how_to_use_it(capsys):
         r"  teachers: \[\{name: recorded, path: 'records/x'\}\]\n",
         said,
     )
-    assert sorted(path.name for path in Path('records/x').iterdir()) == ['manifest.json', *sorted(shards('records/x'))]
+    assert sorted(path.name for path in Path('records/x').iterdir()) == [
+        'manifest.json',
+        'summary.json',
+        *sorted(shards('records/x')),
+    ]
     before = shards('records/x')
     assert record('x.yaml') == 0
     assert 'recorded 0 samples, all were there already' in capsys.readouterr().out
@@ -94,7 +98,7 @@ def test_views(capsys):
     assert record('images.yaml') == 2
     assert capsys.readouterr().err == (
         'images.yaml:5: train_data: makes new views of the samples in each epoch; say how many to record by --views N, '
-        'or by train_data.views=N\n'
+        'or by train_data.views=N (1 if nothing is drawn at random)\n'
     )
     assert not Path('records/images').exists()
     assert record('images.yaml', '--views', '2', '--out', 'elsewhere', 'algorithms.knowledge_distillation={}') == 0
@@ -159,7 +163,11 @@ def test_verify_finds_what_is_wrong(capsys):
     broken = sorted(Path('top').glob('view*'))[2]
     broken.write_bytes(broken.read_bytes()[:-1])
     assert record('x.yaml', '--verify', '--out', 'top') == 1
-    assert 'top lacks samples in 1 shards, 1 damaged: run the same without --verify' in capsys.readouterr().err
+    todo = 'run the same without --verify, which'
+    assert capsys.readouterr().err == f'x.yaml:4: teachers: {broken} is damaged: {todo} rewrites it\n'
+    broken.unlink()
+    assert record('x.yaml', '--verify', '--out', 'top') == 1
+    assert capsys.readouterr().err == f'x.yaml:4: teachers: top lacks samples in 1 shard: {todo} adds them\n'
 
 
 def test_what_is_torn_or_missing_is_recorded_again(capsys):
@@ -263,13 +271,18 @@ BAD = {
         'command line: teachers.0: speaks from a record already; there is nothing to record',
         2,
     ),
+    'record_top': (
+        ['algorithms.knowledge_distillation={record_top: 11, record: r}'],
+        'command line: algorithms.knowledge_distillation.record_top: 11 logits cannot be recorded of 10 classes',
+        2,
+    ),
     'no views': (['--views', '2'], "command line: train_data.views: digits has no argument 'views'", 2),
     'views': (['images.yaml', '--views', '0'], 'images.yaml:5: train_data: views must be at least 1', 2),
-    'top': (['--top', '11'], 'x.yaml:1: 11 logits cannot be recorded of 10 classes', 2),
-    'no top': (['--top', '0'], 'x.yaml:1: 0 logits cannot be recorded of 10 classes', 2),
+    'top': (['--top', '11'], 'command line: --top: 11 logits cannot be recorded of 10 classes', 2),
+    'no top': (['--top', '0'], 'command line: --top: 0 logits cannot be recorded of 10 classes', 2),
     'folder': (['--out', 'x.yaml/a'], 'x.yaml:4: teachers: cannot write the record x.yaml/a: Not a directory', 1),
     'no record': (['--out', 'full'], 'x.yaml:4: teachers: full is there, but is no record; choose another path', 1),
-    'mix_up': (['algorithms.mix_up={}'], 'x.yaml:7: algorithms: MixUp changes inputs after the loader', 2),
+    'mix_up': (['algorithms.mix_up={}'], 'command line: algorithms.mix_up: MixUp changes inputs after the loader', 2),
     'one view': (
         ['images.yaml', '--views', '2', 'train_data.augment=false'],
         'images.yaml:5: train_data: nothing is drawn at random for a sample of this data set, so one view is all',
@@ -278,8 +291,8 @@ BAD = {
     **{
         algorithm: (
             ['images.yaml', '--views', '2', f'algorithms.{algorithm}={options}'],
-            f'images.yaml:7: algorithms: {name} adds a transform to the data set only when a run begins: record as a '
-            'run learns, by algorithms.knowledge_distillation.record=PATH, or leave it out',
+            f'command line: algorithms.{algorithm}: {name} adds a transform to the data set only when a run '
+            'begins: record as a run learns, by algorithms.knowledge_distillation.record=PATH, or leave it out',
             2,
         )
         for algorithm, options, name in (
@@ -288,6 +301,12 @@ BAD = {
             ('col_out', '{batch: false}', 'ColOut'),
         )
     },
+    'split': (
+        ['train_data.split=test'],
+        'x.yaml:5: train_data: the training data does not say which samples are in a batch, which a record needs to '
+        'know: set split=train, or let composer_kd.data.data_spec(train=True) deal it out',
+        2,
+    ),
     'precision': (['precision=amp_bf16'], 'command line: precision: amp_bf16 needs a GPU', 2),
     'no such file': (['no.yaml'], 'no.yaml: cannot read the recipe: No such file', 2),
 }
@@ -323,7 +342,7 @@ def test_another_job_writes(capsys):
     Path('records/x').mkdir(parents=True)
     with another_writer('records/x'):
         assert record('x.yaml') == 1
-    todo = 'wait until it is done, or choose another path'
+    todo = 'wait until it is done, end it if it is a notebook whose run has failed, or choose another path'
     message = f'x.yaml:4: teachers: another process writes the record records/x; {todo}\n'
     assert capsys.readouterr() == ('', message)
     assert record('x.yaml') == 0

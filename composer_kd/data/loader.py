@@ -33,7 +33,7 @@ def data_spec(
     *,
     batch_size: int,
     train: bool,
-    num_workers: int,
+    num_workers: int = 0,
     shuffle: bool | None = None,
     drop_last: bool | None = None,
     shuffle_seed: int = 0,
@@ -61,7 +61,7 @@ def data_spec(
         batch_size: samples in a batch over all ranks.
         train: whether this is a training split: it decides what None stands for below. The loader of a training split
             is a `composer_kd.data.views.ViewsLoader`.
-        num_workers: processes that fetch samples on each rank; 0 fetches in the rank's own process.
+        num_workers: processes that fetch samples on each rank. Default: 0, the rank's own process fetches them.
         shuffle: whether each epoch has another order. Default: None, `train`.
         drop_last: whether to leave out the last batch when it is not full, and on several ranks the samples that do not
             divide by them; otherwise ranks repeat a sample each to come out even, which Composer's metrics leave out
@@ -74,7 +74,9 @@ def data_spec(
         collate_fn: makes a batch of the samples that the data set returns, of all and in their order. Default: None,
             torch's.
         views: for training: how many views of each sample there are, taken in turn from epoch to epoch; 1 also says
-            that nothing is drawn at random. Default: None, a new one each epoch.
+            that nothing is drawn at random. Where the data set says so itself, by an attribute `has_views` that is
+            False, all views are the same and count as one. Default: None, a new one each epoch, so that a record is
+            made anew in each.
         view_seed: for training: chooses the views, from 0 up to 2^64. Default: 0.
         **of_batches: what else Composer's DataSpec is to know: `batch_transforms`, `microbatch_transforms`, ...
             Those of a training split are asked about a few samples on the CPU, too, by `ViewsLoader.identity`.

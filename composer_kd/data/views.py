@@ -89,8 +89,6 @@ class ReplayableViews(VisionDataset):
         ValueError: `seed` is out of range.
     """
 
-    has_views = True
-
     def __init__(self, dataset: Dataset, seed: int = 0):
         # Not VisionDataset's own, which would put None in place of the wrapped transform.
         check_seed('view_seed', seed)
@@ -99,6 +97,11 @@ class ReplayableViews(VisionDataset):
 
     def __len__(self) -> int:
         return len(self.dataset)  # pyright: ignore[reportArgumentType]
+
+    @property
+    def has_views(self) -> bool:
+        """See `GivesViews`: what the wrapped data set says, and where it says nothing, it may draw at random."""
+        return getattr(self.dataset, 'has_views', True)
 
     def __getitem__(self, index: int | Key) -> Any:
         """One sample, in view 0 unless (index, view) is asked for."""
@@ -230,18 +233,25 @@ class ViewsLoader(DataLoader):
         Last comes `content`, the SHA-256 of up to 64 samples, evenly spaced, in view 0 as a network sees them: after
         `transforms`, on the CPU.
         """
-        probed = min(self.samples, _PROBED)
-        keys = [(number * self.samples // probed, 0) for number in range(probed)]
-        ((batch, _),) = self._made([keys])
         dataset: Any = self.dataset
+        transforms = {name: plain(transform) for name, transform in self.transforms.items()}
+        return {'samples': self.samples, **dataset.identity(), **transforms, 'content': self._content(view=0)}
+
+    def seems_fixed(self) -> bool:
+        """Whether each epoch is a new view, and yet some samples are the same in two views."""
+        return self.views is None and self._content(view=0) == self._content(view=1)
+
+    def _content(self, view: int) -> str:
+        probed = min(self.samples, _PROBED)
+        keys = [(number * self.samples // probed, view) for number in range(probed)]
+        ((batch, _),) = self._made([keys])
         with _global_generators_kept():
             for transform in self.transforms.values():
                 batch = transform(batch)
         digest = hashlib.sha256()
         for part in _parts(batch):
             digest.update(part)
-        transforms = {name: plain(transform) for name, transform in self.transforms.items()}
-        return {'samples': self.samples, **dataset.identity(), **transforms, 'content': digest.hexdigest()}
+        return digest.hexdigest()
 
     def _made(
         self, keys_per_batch: Iterable[Iterable[Sequence[int]]], **options: Any

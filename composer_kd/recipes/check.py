@@ -3,12 +3,13 @@
 Of what a recipe refers to, other recipes are read, and what earlier runs have left.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from composer_kd.algorithms.inputs import changes_inputs, refuse_changed_inputs
 from composer_kd.checkpoints import find_paths
 from composer_kd.recipes.bind import bind, signature
 from composer_kd.recipes.folder import finished_run, run_folder
@@ -307,10 +308,20 @@ def _check_algorithms(plan: Plan) -> None:
         for call in plan.algorithms
         if call not in distilling or call in ours
     }
+    _check_inputs(plan, [(call, built[id(call)]) for call in plan.algorithms if call not in distilling])
     state: Any = SimpleNamespace(algorithms=list(built.values()))
     for call in ours:
         if call not in distilling:  # they look for the one that distills, and for nothing else
             Call(recipe, call.key, built[id(call)].apply, {})(event=Event.INIT, state=state, logger=None)
+
+
+def _check_inputs(plan: Plan, algorithms: Iterable[tuple[Call, Any]]) -> None:
+    """See whether a student would see other inputs than those that its record is of."""
+    records = [teacher.call.arguments['path'] for teacher in plan.teachers if teacher.call.target is RecordedTeacher]
+    records += [call.arguments['record'] for call in plan.algorithms if call.arguments.get('record') is not None]
+    for call, algorithm in algorithms:
+        if records and changes_inputs(algorithm):
+            Call(plan.recipe, call.key, refuse_changed_inputs, {'algorithms': [algorithm], 'teacher': records[0]})()
 
 
 def _unbuilt_teacher() -> Any:

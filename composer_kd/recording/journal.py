@@ -8,7 +8,7 @@ import os
 import re
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,29 +97,63 @@ class Journal:
 def seal(record: Record) -> None:
     """Turn the journals of all ranks into shards, or into more of those that are there; for who has the lock.
 
-    No rank has its journal open meanwhile. A sample that comes twice is what it was first. Whenever this is broken off,
-    doing it again ends with the same files.
+    No rank has its journal open meanwhile. A sample that comes twice is what it was first. The journals go last:
+    whenever this is broken off, doing it again ends with the same files.
 
     Raises:
         RecordError: The disk is full, or another process still writes a journal; then the journals stay.
     """
+    with locked_journals(record) as journals:
+        merge(record, journals)
+        remove(record, journals)
+
+
+@contextlib.contextmanager
+def locked_journals(record: Record) -> Iterator[list[Path]]:
+    """The journals of a record, which nobody appends to meanwhile; the first step of :func:`seal`."""
     descriptors: list[int] = []
     try:
-        paths = _journals(record.path)
-        for path in paths:
-            descriptors.append(_locked(path))
-        said = [_read(path, record) for path in paths]
-        for view, shard, members in _by_shard(said, record.shard_samples):
-            _merge(record, view, shard, list(zip(said, members, strict=True)))
-        for path in paths:
-            path.unlink()
-        if paths:
-            sync_folder(record.path)
-    except OSError as error:
-        raise cannot_write(record.path, error) from error
+        journals = _journals(record.path)
+        with _writing(record):
+            for path in journals:
+                descriptors.append(_locked(path))
+        yield journals
     finally:
         for descriptor in descriptors:
             unlock_and_close(descriptor)
+
+
+def merge(record: Record, journals: Sequence[Path], rank: int = 0, ranks: int = 1) -> None:
+    """Write the shards of what is in journals; the second step of :func:`seal`, which several ranks may share.
+
+    Args:
+        record: The record.
+        journals: All its journals, which are locked.
+        rank: Which of the ranks this is. Default: 0.
+        ranks: How many share the work; shards are dealt to them as of :meth:`.Record.rank_of`. Default: 1.
+    """
+    with _writing(record):
+        said = [_read(path, record) for path in journals]
+        for view, shard, members in _by_shard(said, record.shard_samples):
+            if record.rank_of(view, shard, ranks) == rank:
+                _merge(record, view, shard, list(zip(said, members, strict=True)))
+
+
+def remove(record: Record, journals: Sequence[Path]) -> None:
+    """Remove journals whose shards are all written; the last step of :func:`seal`."""
+    with _writing(record):
+        for path in journals:
+            path.unlink()
+        if journals:
+            sync_folder(record.path)
+
+
+@contextlib.contextmanager
+def _writing(record: Record) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise cannot_write(record.path, error) from error
 
 
 def _locked(path: Path) -> int:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing_extensions import Self
 
 from composer_kd.files import FileLock, remove_unfinished
+from composer_kd.recording.cost import SO_FAR, SUMMARY
 from composer_kd.recording.errors import RecordError
 from composer_kd.recording.record import cannot_write
 
@@ -39,9 +40,9 @@ class RecordLock:
             raise RecordError(f'this process writes the record {self._path} already; choose another path')
         try:
             if not self._lock.take():
-                todo = 'wait until it is done, or choose another path'
+                todo = 'wait until it is done, end it if it is a notebook whose run has failed, or choose another path'
                 raise RecordError(f'another process writes the record {self._path}; {todo}')
-            for names in ('manifest.json', 'view*-shard*.rows'):
+            for names in ('manifest.json', 'view*-shard*.rows', SUMMARY, SO_FAR):
                 remove_unfinished(self._path, names)
         except OSError as error:
             self._lock.release()

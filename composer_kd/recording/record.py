@@ -32,6 +32,7 @@ class Record:
         samples: Length of the data set.
         shard_samples: How many samples a shard is of; the last one may be of less.
         shards: How many shards a view has.
+        verified: Shards that were found to be whole; those that another process has looked through may be added.
     """
 
     def __init__(self, path: Path, manifest: dict[str, Any], writes: bool):
@@ -44,7 +45,7 @@ class Record:
         self._writes = writes
         self._views: dict[int, _View] = {}
         self._stored: dict[tuple[int, int], int | None] = {}  # samples in shards that were looked at; None if damaged
-        self._verified: Verified = {}
+        self.verified: Verified = {}
 
     @classmethod
     def open(cls, path: str | Path) -> Self:
@@ -148,9 +149,18 @@ class Record:
         """The views of which there are shards."""
         return sorted({view for view, _ in self._places()})
 
-    def size(self) -> tuple[int, int]:
-        """Bytes on the disk, and how many samples are stored, each view of one counted."""
-        places = self._places()
+    def rank_of(self, view: int, shard: int, ranks: int) -> int:
+        """Which of several ranks sees to a shard, where they share the work."""
+        return (view * self.shards + shard) % ranks
+
+    def size(self, rank: int = 0, ranks: int = 1) -> tuple[int, int]:
+        """Bytes on the disk, and how many samples are stored, each view of one counted.
+
+        Args:
+            rank: Which of the ranks this is. Default: 0.
+            ranks: How many share the work, so that the answer is about the shards of this one alone. Default: 1.
+        """
+        places = [place for place in self._places() if self.rank_of(*place, ranks) == rank]
         total = sum(self._path_of(*place).stat().st_size for place in places)
         return total, sum(self._stored_in(*place) or 0 for place in places)
 
@@ -213,7 +223,7 @@ class Record:
         return Place(manifests.identity(self.manifest), view, shard, samples)
 
     def _read(self, view: int, shard: int) -> tuple[np.ndarray, np.ndarray] | None:
-        return read_shard(self._path_of(view, shard), self._place(view, shard), self.format, self._verified)
+        return read_shard(self._path_of(view, shard), self._place(view, shard), self.format, self.verified)
 
     def _stored_in(self, view: int, shard: int) -> int | None:
         """How many samples of a shard are stored; None if it is not there, or damaged."""

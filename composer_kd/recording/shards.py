@@ -142,4 +142,4 @@ def _mapped(path: Path, size: int) -> memoryview:
 
 
 def _damaged(path: Path, what: str) -> DamagedShard:
-    return DamagedShard(f'{path} is damaged: {what}; run composer-kd record again, which rewrites it')
+    return DamagedShard(f'{path} is damaged: {what}; run composer-kd record again for {path.parent}, which rewrites it')

@@ -2,7 +2,8 @@
 
 from composer_kd.teachers.network import NetworkTeacher
 from composer_kd.teachers.pool import TeacherPool
-from composer_kd.teachers.recorded import RecordedTeacher, RecordingTeacher
+from composer_kd.teachers.recorded import RecordedTeacher
+from composer_kd.teachers.recording import RecordingTeacher
 from composer_kd.teachers.teacher import Signal, Teacher, TeacherError, logits_of
 from composer_kd.teachers.weights import load_weights
 

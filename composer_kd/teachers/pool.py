@@ -13,7 +13,7 @@ from torch import nn
 
 from composer_kd.averages import Mean
 from composer_kd.teachers.batches import pick, samples_in
-from composer_kd.teachers.recorded import RecordingTeacher
+from composer_kd.teachers.recording import RecordingTeacher
 from composer_kd.teachers.residency import Residency, can_wait, shares_tensors, weight_bytes
 from composer_kd.teachers.stopwatch import Stopwatch
 from composer_kd.teachers.teacher import Signal, Teacher, TeacherError

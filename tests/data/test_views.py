@@ -247,6 +247,22 @@ def test_draws_of_a_data_set_that_makes_whole_batches_are_kept_apart():
     assert same(seen(batches), seen(loader(Marks())))
 
 
+def test_a_data_set_that_says_it_has_no_views():
+    class Plain(Marks):
+        has_views = False
+
+        def __getitem__(self, index):
+            return torch.tensor([index])
+
+    class Silent(Plain):
+        has_views = True
+
+    assert loader(Plain()).views == loader(Plain(), views=3).views == 1
+    assert (loader(Silent()).views, loader(Silent(), views=3).views) == (None, 3)
+    assert loader(Silent()).seems_fixed()
+    assert not any(each.seems_fixed() for each in (loader(Plain()), loader(Silent(), views=3), loader(Marks())))
+
+
 def test_attributes_are_those_of_the_wrapped():
     pictures = Pictures(transforms.ToTensor())
     views = ReplayableViews(pictures)

@@ -16,7 +16,7 @@ from record_parts import create, entries_of, every, files, found, write_shard
 
 from composer_kd.recording import Journal, Record, RecordError, seal
 
-TODO = 'run composer-kd record again, which rewrites it'
+TODO = 'run composer-kd record again for .*record, which rewrites it'
 SHARD = 'view00000-shard00001.rows'
 
 
@@ -139,7 +139,8 @@ def check(path, what, error_path=SHARD):
     reader.lookup(np.array([(0, 0), (8, 0)]))
     with pytest.raises(RecordError) as error:
         reader.lookup(np.array([(0, 0), (4, 0)]))
-    assert str(error.value) == f'{path / error_path} is damaged: {what}; {TODO}'
+    todo = f'run composer-kd record again for {path}, which rewrites it'
+    assert str(error.value) == f'{path / error_path} is damaged: {what}; {todo}'
     assert reader.damaged() == [path / error_path] and not reader.has(0, 1) and (0, 1) in reader.missing(1)
     writer = Record.create(path, reader.manifest)
     assert found(writer, 1) == [key for key in every(1) if not 4 <= key[0] < 8]

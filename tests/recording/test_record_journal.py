@@ -14,7 +14,7 @@ from record_parts import SAMPLES, create, entries_of, every, files, found, write
 
 from composer_kd import files as files_module
 from composer_kd.files import unfinished
-from composer_kd.recording import Journal, Record, RecordError, seal
+from composer_kd.recording import Journal, Record, RecordError, locked_journals, merge, seal
 
 KEYS = st.tuples(st.integers(0, SAMPLES - 1), st.integers(0, 2))
 
@@ -90,6 +90,27 @@ def test_sealing_again_gives_the_same_bytes(tmp_path, monkeypatch):
                 seal(record)
         seal(create(path))
         assert files(path) == whole, step
+
+
+def test_ranks_share_the_work(tmp_path):
+    """Of three, one does not come to its part; then all do; then one alone sees what is left to do."""
+    record = create(tmp_path / 'whole')
+    _say_all(record)
+    seal(record)
+    whole = files(record.path)
+    record = create(tmp_path / 'shared')
+    _say_all(record)
+    with locked_journals(record) as journals:
+        for ranks in [(2, 0), (0, 1, 2)]:
+            parts = {}
+            for rank in ranks:
+                before = {*files(record.path)}
+                merge(create(record.path), journals, rank, 3)
+                parts[rank] = {*files(record.path)} - before
+            assert [len(parts[rank]) for rank in ranks] == {2: [2, 2], 3: [0, 2, 0]}[len(ranks)]
+    seal(create(record.path))
+    assert files(record.path) == whole
+    assert sum(record.size(rank, 3)[1] for rank in range(3)) == record.size()[1] == 20
 
 
 def _say_all(record):

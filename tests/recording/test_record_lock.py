@@ -28,7 +28,7 @@ def test_two_jobs(tmp_path, ends):
         assert job.stdout.readline() == b'has it\n'
         with pytest.raises(RecordError) as error, RecordLock(path):
             pass
-        todo = 'wait until it is done, or choose another path'
+        todo = 'wait until it is done, end it if it is a notebook whose run has failed, or choose another path'
         assert str(error.value) == f'another process writes the record {path}; {todo}'
     finally:
         if ends == 'killed':

@@ -2,6 +2,7 @@
 
 import os
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -196,3 +197,21 @@ def test_a_folder_that_is_no_record(tmp_path):
     with pytest.raises(RecordError, match=r'is there, but is no record; choose another path$'):
         create(tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ['thesis.tex']
+
+
+def test_who_is_told_need_not_look_through_a_shard(record, monkeypatch):
+    first, second, other = (Record.open(record.path) for _ in range(3))
+    whole = found(first, 1)
+    second.verified.update(first.verified)
+
+    def looks_through(content, begin=0):
+        raise AssertionError('a shard is looked through')
+
+    monkeypatch.setattr(zlib, 'crc32', looks_through)
+    assert found(second, 1) == whole
+    shard = record.path / 'view00000-shard00001.rows'
+    os.utime(shard, (1, 1))  # as if it had been written anew
+    second.refresh()
+    for reader in (second, other):
+        with pytest.raises(AssertionError, match='a shard is looked through'):
+            found(reader, 1)

@@ -21,6 +21,7 @@ from composer_kd import (
     TeacherSampling,
 )
 from composer_kd import data as builders
+from composer_kd.data import data_spec
 from composer_kd.losses import kl, topk_bias
 from composer_kd.models import masked_lm, small_convnet
 from composer_kd.recording import Record
@@ -500,8 +501,18 @@ def test_who_cannot_be_taught_or_recorded(folder, tmp_path):
 def test_a_loader_that_does_not_know_its_samples(folder):
     plain = torch.utils.data.DataLoader([(torch.zeros(1, 28, 28), 0)] * 4, batch_size=2)
     for algorithm in (distillation(RecordedTeacher(folder)), distillation(record=folder)):
-        with pytest.raises(TeacherError, match=r'composer_kd\.data\.data_spec'):
+        with pytest.raises(TeacherError, match=r'set split=train, or let composer_kd\.data\.data_spec'):
             train(algorithm, data=plain)
+
+
+def test_data_of_ones_own_in_which_nothing_is_random(tmp_path):
+    images = torch.utils.data.TensorDataset(torch.rand(8, 1, 28, 28), torch.arange(8))
+    with pytest.warns(UserWarning, match='nothing seems to be drawn at random .* views=1, if that is so'):
+        train(distillation(record=tmp_path / 'r'), data=data_spec(images, batch_size=4, train=True))
+    assert Record.open(tmp_path / 'r').views() == [0, 1, 2]
+    once = distillation(record=tmp_path / 'once')
+    train(once, data=data_spec(images, batch_size=4, train=True, views=1))
+    assert Record.open(tmp_path / 'once').views() == [0] and once.pool.forwards == 2
 
 
 def test_a_run_is_resumed_with_its_own_record(folder, tmp_path):
