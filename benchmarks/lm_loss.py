@@ -27,8 +27,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from bench_parts import compare_times, keep_freed_memory, medians, rotated
 from row import row
-from step_time import compare_times, keep_freed_memory, medians, rotated
 from torch import Tensor
 
 from composer_kd.losses import kl

@@ -20,27 +20,26 @@ import warnings
 from typing import Any, Literal
 
 import torch
-from composer import Callback, Trainer
-from row import row
-from step_time import (
-    CLASSES,
+from bench_parts import (
     KD_WEIGHT,
     LABEL_WEIGHT,
-    LARGEST_GAP,
     TEMPERATURE,
     Batches,
     Setting,
     Variant,
+    Weights,
+    build,
     compare_times,
     composer,
-    keep_freed_memory,
-    options,
     rotated,
-    settle,
     sgd,
+    small_gap,
 )
+from composer import Callback, Trainer
+from row import row
+from step_time import options
 
-from composer_kd import KnowledgeDistillation, NetworkTeacher, TeacherSampling, models
+from composer_kd import KnowledgeDistillation, NetworkTeacher, TeacherSampling
 
 SIZES, SIZES_IF_QUICK = [1, 2, 4, 8, 16], [1, 2, 4]
 STEPS_IN_MEMORY = 3
@@ -62,7 +61,7 @@ def algorithms(teacher: Any, number: int, sampled: bool, residency: Residency) -
     return [distillation, *([TeacherSampling()] if sampled else [])]
 
 
-def build(setting: Setting, *, number: int, sampled: bool, residency: Residency) -> Any:
+def run_with_pool(setting: Setting, *, number: int, sampled: bool, residency: Residency) -> Any:
     """A run of the Trainer with a pool."""
     return composer(setting, *algorithms(setting.teacher, number, sampled, residency))
 
@@ -70,12 +69,14 @@ def build(setting: Setting, *, number: int, sampled: bool, residency: Residency)
 def variants(number: int, on_gpu: bool) -> dict[str, Any]:
     """Those that take turns."""
     found = {
-        'one_teacher': functools.partial(build, number=1, sampled=False, residency='device'),
-        f'sampled_{number}': functools.partial(build, number=number, sampled=True, residency='device'),
-        f'average_{number}': functools.partial(build, number=number, sampled=False, residency='device'),
+        'one_teacher': functools.partial(run_with_pool, number=1, sampled=False, residency='device'),
+        f'sampled_{number}': functools.partial(run_with_pool, number=number, sampled=True, residency='device'),
+        f'average_{number}': functools.partial(run_with_pool, number=number, sampled=False, residency='device'),
     }
     if on_gpu:
-        found[f'sampled_{number}_host'] = functools.partial(build, number=number, sampled=True, residency='host')
+        found[f'sampled_{number}_host'] = functools.partial(
+            run_with_pool, number=number, sampled=True, residency='host'
+        )
     return found
 
 
@@ -100,18 +101,11 @@ def step_times(setting: Setting, batches: list[Any], number: int, arguments: arg
     return {**compare_times(seconds, ratios), 'gaps': gaps}
 
 
-def compare(present: dict[str, Variant], start: tuple[torch.Tensor, torch.Tensor]) -> dict[str, float]:
+def compare(present: dict[str, Variant], start: Weights) -> dict[str, float]:
     """How far each is from the run with one teacher, as a share of the way that this has come."""
-    goals, gaps = present['one_teacher'].weights(), {}
-    for name, variant in present.items():
-        triples = zip(variant.weights(), goals, start, strict=True)
-        gaps[name] = max(float((own - goal).norm() / (goal - began).norm()) for own, goal, began in triples if len(own))
-        if not gaps[name] <= LARGEST_GAP:
-            raise SystemExit(
-                f'{name} does other work than one_teacher: its weights differ by {gaps[name]:.2g} of the way'
-            )
-    del gaps['one_teacher']
-    return gaps
+    goals = present['one_teacher'].weights()
+    others = {name: variant.weights() for name, variant in present.items() if name != 'one_teacher'}
+    return {name: small_gap(name, 'one_teacher', own, goals, start) for name, own in others.items()}
 
 
 class Most(Callback):
@@ -173,23 +167,8 @@ def memory_by_size(setting: Setting, batches: list[Any], sizes: list[int]) -> di
 
 def main() -> None:
     arguments = options('what a pool of teachers costs')
-    keep_freed_memory()
-    device = torch.device(arguments.device)
-    if device.type == 'cuda':
-        torch.backends.cudnn.benchmark = True
-    torch.manual_seed(17)
-    memory_format = torch.channels_last if device.type == 'cuda' else torch.contiguous_format
-    student, teacher = (
-        getattr(models, name)(num_classes=CLASSES).to(device, memory_format=memory_format)
-        for name in (arguments.student, arguments.teacher)
-    )
-    shape = arguments.batch_size, 3, arguments.image_size, arguments.image_size
-    batches = [
-        (torch.randn(shape).to(device, memory_format=memory_format), torch.randint(CLASSES, shape[:1]).to(device))
-        for _ in range(2)
-    ]
-    settle(teacher.module, batches[0][0])
-    setting = Setting(student, teacher.cpu(), arguments.batch_size, device)
+    setting, batches = build(arguments)
+    setting.teacher.cpu()
     print(
         f'{arguments.student} from {arguments.teacher}, '
         f'{arguments.batch_size} x {arguments.image_size} x {arguments.image_size}, {arguments.device}, '

@@ -31,27 +31,31 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import yaml
-from composer.core import DataSpec
-from row import row
-from step_time import (
+from bench_parts import (
     CLASSES,
     KD_WEIGHT,
     LABEL_WEIGHT,
-    LARGEST_GAP,
     SGD,
     TEMPERATURE,
     Batches,
     Seconds,
     Setting,
+    Weights,
+    build_networks,
     compare_times,
     composer,
-    flat,
-    keep_freed_memory,
+    gap,
     medians,
     rotated,
     settle,
     sgd,
+    small_gap,
+    textbrewer_distiller,
+    torchdistill_box,
+    weights,
 )
+from composer.core import DataSpec
+from row import row
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler
 
@@ -206,26 +210,12 @@ def _composer(bench: Bench, *teachers: Any) -> tuple[nn.Module, Train]:
 
 def torchdistill(bench: Bench) -> tuple[nn.Module, Train]:
     """Its distillation box, and its data set that reads a file for each sample."""
-    from torchdistill.core.distillation import get_distillation_box  # pyright: ignore[reportMissingImports]
     from torchdistill.datasets.wrapper import (  # pyright: ignore[reportMissingImports]
         CacheableDataset,
         default_idx2subpath,
     )
 
-    student, teacher = bench.networks()
-    network = {'forward_proc': 'forward_batch_only'}
-    ends = {
-        f'{side}_module_{what}': at for side in ('student', 'teacher') for what, at in (('path', '.'), ('io', 'output'))
-    }
-    loss = {'key': 'KDLoss', 'kwargs': {**ends, 'temperature': TEMPERATURE, 'alpha': LABEL_WEIGHT}}
-    config = {
-        'num_epochs': 1,
-        'student': network,
-        'teacher': {**network, 'requires_grad': False},
-        'optimizer': {'key': 'SGD', 'kwargs': dict(SGD)},
-        'criterion': {'key': 'WeightedSumLoss', 'kwargs': {'sub_terms': {'kd': {'criterion': loss, 'weight': 1.0}}}},
-    }
-    box = get_distillation_box(teacher, student, {}, config, bench.device, None, False, 1)
+    student, box = torchdistill_box(bench)
     dataset = CacheableDataset(bench.loader().dataset, str(bench.folder / 'torchdistill'), default_idx2subpath)
 
     def batches(order: list[int]) -> DataLoader:
@@ -253,15 +243,6 @@ def torchdistill(bench: Bench) -> tuple[nn.Module, Train]:
 
 def textbrewer(bench: Bench) -> tuple[nn.Module, Train]:
     """Its distiller with `is_caching_logits`: from the second epoch on it trains on a list of batches."""
-    from textbrewer import BasicDistiller, DistillationConfig, TrainingConfig  # pyright: ignore[reportMissingImports]
-
-    class GivenTheBatch(nn.Module):
-        def __init__(self, network: nn.Module):
-            super().__init__()
-            self.network = network
-
-        def forward(self, images: Tensor, labels: Tensor) -> Tensor:
-            return self.network(images)
 
     class Stored(Clock):
         """Its list, in an order of ours, in which all others have these batches in the first turn."""
@@ -278,28 +259,9 @@ def textbrewer(bench: Bench) -> tuple[nn.Module, Train]:
         def __len__(self) -> int:
             return len(stored)
 
-    student, teacher = bench.networks()
+    training = {'output_dir': str(bench.folder), 'ckpt_epoch_frequency': 10**9}
+    student, distiller = textbrewer_distiller(bench, training, is_caching_logits=True)
     optimizer = sgd(student)
-    distiller = BasicDistiller(
-        TrainingConfig(output_dir=str(bench.folder), device=str(bench.device), ckpt_epoch_frequency=10**9),
-        DistillationConfig(
-            TEMPERATURE,
-            kd_loss_weight=KD_WEIGHT * TEMPERATURE**2,
-            hard_label_weight=LABEL_WEIGHT,
-            is_caching_logits=True,
-        ),
-        GivenTheBatch(teacher),
-        GivenTheBatch(student),
-        lambda batch, logits: {'logits': logits},
-        lambda batch, logits: {'logits': logits, 'losses': F.cross_entropy(logits, batch[1])},
-    )
-    losses_of = distiller.train_on_batch
-
-    def losses_in_precision(*arguments: Any) -> Any:
-        with bench.autocast():
-            return losses_of(*arguments)
-
-    distiller.train_on_batch = losses_in_precision
     for batch in bench.loader():
         with bench.autocast():
             distiller.cache_logits(batch, {}, None)
@@ -322,25 +284,14 @@ RATIOS = {
 }
 
 
-def weights(student: nn.Module) -> tuple[Tensor, Tensor]:
-    """All that training changes: the parameters, and the running statistics of normalization."""
-    state = {name: value for name, value in student.state_dict().items() if value.is_floating_point()}
-    running = [state.pop(name) for name in [*state] if name.endswith(('running_mean', 'running_var'))]
-    return flat([*state.values()]), flat(running)
-
-
-def compare(students: dict[str, nn.Module], start: tuple[Tensor, Tensor]) -> dict[str, float]:
+def compare(students: dict[str, nn.Module], start: Weights) -> dict[str, float]:
     """How far each is from the one that asks the network, as a share of the way that this has come."""
-    gaps = {}
     goals = weights(students['online'])
-    for name, student in students.items():
-        if name in ('student_only', 'online'):
-            continue
-        triples = zip(weights(student), goals, start, strict=True)
-        gaps[name] = max(float((own - goal).norm() / (goal - began).norm()) for own, goal, began in triples if len(own))
-        if name != 'record_top' and not gaps[name] <= LARGEST_GAP:
-            raise SystemExit(f'{name} does other work than online: its weights differ by {gaps[name]:.2g} of the way')
-    return gaps
+    others = {name: weights(student) for name, student in students.items() if name not in ('student_only', 'online')}
+    return {
+        name: gap(own, goals, start) if name == 'record_top' else small_gap(name, 'online', own, goals, start)
+        for name, own in others.items()
+    }
 
 
 def bytes_per_sample(folder: Path, samples: int) -> float:
@@ -438,18 +389,9 @@ def tell_what_is_unsaid(bench: Bench, student: nn.Module, temperatures: tuple[fl
 def main() -> None:
     arguments = options()
     sys.modules.setdefault('record', sys.modules['__main__'])  # where the recipe finds the data
-    keep_freed_memory()
-    device = torch.device(arguments.device)
-    if device.type == 'cuda':
-        torch.backends.cudnn.benchmark = True
-    torch.manual_seed(17)
-    memory_format = torch.channels_last if device.type == 'cuda' else torch.contiguous_format
-    student, teacher = (
-        getattr(models, name)(num_classes=CLASSES).to(device, memory_format=memory_format)
-        for name in (arguments.student, arguments.teacher)
-    )
+    student, teacher, memory_format = build_networks(arguments)
     some = images(arguments.batch_size, arguments.image_size, arguments.batch_size, 0).dataloader
-    settle(teacher.module, next(iter(some))[0].to(device, memory_format=memory_format))
+    settle(teacher.module, next(iter(some))[0].to(arguments.device, memory_format=memory_format))
     builds: list[Build] = list(OURS)
     for build in PEERS:
         if importlib.util.find_spec(build.__name__) is not None:

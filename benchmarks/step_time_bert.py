@@ -13,19 +13,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from step_time import (
-    SPREAD,
-    Batches,
-    Build,
-    Setting,
-    Train,
-    composer_kd,
-    composer_student,
-    keep_freed_memory,
-    loss_by_hand,
-    measure,
-    sgd,
-)
+from bench_parts import SPREAD, Batches, Build, Setting, Train, keep_freed_memory, loss_by_hand, sgd
+from step_time import composer_kd, composer_student, measure
 from torch import Tensor, nn
 from transformers import BertConfig, BertForMaskedLM
 
