@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 from typing_extensions import Unpack
 
+from composer_kd.data.dates import day_given, rows_between
 from composer_kd.data.loader import LoaderOptions, check_split, data_spec, shows_loader_options
 from composer_kd.data.tables import Row, read_table
 from composer_kd.data.tensor_images import whole_batch
@@ -120,6 +121,9 @@ def text_classification(
     label: str = 'label',
     num_labels: int = 2,
     max_length: int = 128,
+    date_column: str | None = None,
+    since: str | None = None,
+    before: str | None = None,
     num_workers: int = 0,
     **loader: Unpack[LoaderOptions],
 ) -> DataSpec:
@@ -136,17 +140,28 @@ def text_classification(
             Default: `label`.
         num_labels: number of classes, 1 for grades. Default: 2.
         max_length: tokens of the longest example, longer ones are cut. Default: 128.
+        date_column: the column of the date (`2024-01-31`, with or without a time of the day), for `since` and `before`.
+            Default: None.
+        since: leave out the rows of earlier days. Default: None, none of them.
+        before: leave out the rows of this day and of later ones. Default: None, none of them.
         num_workers: processes that fetch batches on each rank; the rank itself is fast enough. Default: 0.
         **loader: options of `composer_kd.data.loader.data_spec`.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no table, or has no such column.
-        TextError: a row is damaged, or has a label that there is not.
+        ValueError: it is no table, has no such column, or `since` or `before` is no date, or has no `date_column`.
+        TextError: a row is damaged, or has a label that there is not, or no date, or no row is left.
     """
     check_split(split, 'train', 'validation')
     columns = (text, text_pair, label)
-    examples = examples_of(read_table(file), columns, lambda value: class_or_grade(value, num_labels), str(file))
+    rows, source = read_table(file), str(file)
+    first, end = day_given('since', since), day_given('before', before)
+    if date_column is not None:
+        rows = rows_between(rows, date_column, first, end)
+        source += ''.join(f', {name} {day}' for name, day in (('since', first), ('before', end)) if day)
+    elif first or end:
+        raise ValueError('since and before need to know the column of the date: set date_column')
+    examples = examples_of(rows, columns, lambda value: class_or_grade(value, num_labels), source)
     dataset = LabelledTexts(examples, load_tokenizer(tokenizer), max_length=max_length, num_labels=num_labels)
     return data_spec(
         dataset,

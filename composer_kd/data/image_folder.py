@@ -26,7 +26,7 @@ def imagenet(
     split: Literal['train', 'val'],
     batch_size: int,
     *,
-    data_dir: str | Path | None = None,
+    data_dir: str | Path | Sequence[str | Path] | None = None,
     crop_size: int = 224,
     resize_size: int | None = None,
     normalize_on: Literal['device', 'host'] = 'device',
@@ -51,8 +51,9 @@ def imagenet(
     Args:
         split: `train` or `val`.
         batch_size: images in a batch over all ranks.
-        data_dir: folder with `train/` and `val/`, each with one folder per class (torchvision's ImageFolder layout).
-            Default: None, which goes with `synthetic` alone.
+        data_dir: folder with `train/` and `val/`, each with one folder per class (torchvision's ImageFolder layout); or
+            several such folders, with the same classes, whose images are taken together. Default: None, which goes with
+            `synthetic` alone.
         crop_size: side of the images, pixels. Default: 224.
         resize_size: length to which the shorter side of a validation image is brought before the crop, pixels. Default:
             None, 256 / 224 of `crop_size`.
@@ -68,7 +69,7 @@ def imagenet(
 
     Raises:
         FileNotFoundError: `data_dir` does not have the split's folder.
-        ValueError: an option that the split does not have.
+        ValueError: an option that the split does not have, or folders of several with other classes.
     """
     check_split(split, 'train', 'val')
     train = split == 'train'
@@ -85,7 +86,7 @@ def imagenet(
             steps = [RandomResizedCrop(crop_size), RandomHorizontalFlip()]
         else:
             steps = [Resize(resize_size or round(crop_size * 256 / 224)), CenterCrop(crop_size)]
-        dataset = ImageFolder(str(_folder(data_dir, split)), transform=Compose(steps))
+        dataset = _images(data_dir, split, Compose(steps))
         dataset = ReplayableViews(dataset, view_seed) if train else dataset
     normalize = NormalizeBatch(Normalize('imagenet', channels_last=channels_last))
     return data_spec(
@@ -99,6 +100,19 @@ def imagenet(
         views=views,
         **loader,
     )
+
+
+def _images(data_dir: str | Path | Sequence[str | Path] | None, split: str, transform: Compose) -> ImageFolder:
+    """The images of all folders, as one data set."""
+    several = [data_dir] if data_dir is None or isinstance(data_dir, str | Path) else data_dir or [None]
+    first, *others = [ImageFolder(str(_folder(each, split)), transform=transform) for each in several]
+    for other in others:
+        if differing := set(other.classes) ^ set(first.classes):
+            what = f'imagenet: {first.root} and {other.root} must have the same classes'
+            raise ValueError(f'{what}, and one of them alone has {min(differing)}')
+        first.samples += other.samples
+        first.targets += other.targets
+    return first
 
 
 def _folder(data_dir: str | Path | None, split: str) -> Path:

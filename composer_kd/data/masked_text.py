@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -71,7 +71,7 @@ def text(
     split: Split,
     batch_size: int,
     *,
-    path: str | Path,
+    path: str | Path | Sequence[str | Path],
     tokenizer: Tokenizer,
     holdout: float = 0.0,
     text_key: str = 'text',
@@ -97,7 +97,7 @@ def text(
         split: `train` or `validation`: how to go through the text, and, with `holdout`, which part of it to take.
         batch_size: samples in a batch over all ranks.
         path: a file, or a folder with all folders in it: JSON lines (.jsonl, .json), Parquet, or a document per line
-            (.txt); all but Parquet may be compressed (.gz).
+            (.txt); all but Parquet may be compressed (.gz). Or several of these, which are taken together.
         tokenizer: see `composer_kd.tokenization.load_tokenizer`.
         holdout: share of the documents that is kept for validation, where one path has both splits; a document's own
             text decides, so the same one is never in both. Default: 0, each split is all of the path.
@@ -122,7 +122,9 @@ def text(
     check_split(split, 'train', 'validation')
     if not 0 <= holdout < 1:
         raise ValueError(f'holdout is a share of the documents, from 0 up to 1, not {holdout}')
-    documents = (_split(shard.documents(), split, holdout) for shard in text_files(path, text_key, on_error))
+    paths = [path] if isinstance(path, str | Path) else path
+    shards = [shard for each in paths for shard in text_files(each, text_key, on_error)]
+    documents = (_split(shard.documents(), split, holdout) for shard in shards)
     return _in_memory(
         documents,
         MaskedBatch(load_tokenizer(tokenizer), max_length, mask_seed, masking_probability, whole_word_masking),

@@ -8,6 +8,7 @@ from typing_extensions import Unpack
 
 from composer_kd.data.loader import LoaderOptions, check_split, data_spec, shows_loader_options
 from composer_kd.data.normalization import Normalize
+from composer_kd.data.subset import subset_size
 from composer_kd.data.tensor_images import TensorImages, whole_batch
 
 _TEST_SAMPLES = 500
@@ -20,6 +21,7 @@ def digits(
     split: Literal['train', 'test'],
     batch_size: int,
     *,
+    subset: int | float | None = None,
     num_workers: int = 0,
     **loader: Unpack[LoaderOptions],
 ) -> DataSpec:
@@ -30,8 +32,13 @@ def digits(
     Args:
         split: `train` or `test`.
         batch_size: images in a batch over all ranks.
+        subset: take the first so many images alone, or with a number up to 1.0 the first so large a share; they are in
+            no order. Default: None, all.
         num_workers: processes that fetch batches on each rank; the rank itself is fast enough. Default: 0.
         **loader: options of `composer_kd.data.loader.data_spec`.
+
+    Raises:
+        ValueError: `subset` is out of range.
     """
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
@@ -45,6 +52,7 @@ def digits(
         torch.as_tensor(pixels, dtype=torch.uint8).view(-1, 1, 8, 8),
         torch.as_tensor(labels, dtype=torch.int64),
         normalize=Normalize('digits', peak=_PEAK),
+        length=subset_size(subset, len(labels)),
     )
     return data_spec(
         dataset, batch_size=batch_size, train=train, num_workers=num_workers, collate_fn=whole_batch, **loader

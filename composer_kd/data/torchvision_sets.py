@@ -11,6 +11,7 @@ from typing_extensions import Unpack
 
 from composer_kd.data.loader import LoaderOptions, check_split, check_views, data_spec, shows_loader_options
 from composer_kd.data.normalization import Normalize
+from composer_kd.data.subset import subset_size
 from composer_kd.data.tensor_images import TensorImages, crop_and_flip, random_images, whole_batch
 from composer_kd.download import downloading
 
@@ -23,7 +24,8 @@ _DOC = """{title}: {shape} images with labels, held in memory.
         download: whether to fetch the files that are not there; their checksums are verified. Default: False.
         augment: whether to shift every image by up to four pixels and to mirror every second one, at random; for the
             training split alone. Default: None, {augment}.
-        subset: take the first so many images alone. Default: None, all.
+        subset: take the first so many images alone, or with a number up to 1.0 the first so large a share. They are as
+            mixed as all of them: the files of these sets are not sorted by class. Default: None, all.
         synthetic: whether to take images of noise, as many as there are real ones, and read no file. Default: False.
         views: how many shifts each image has, taken in turn from epoch to epoch; for split=train. Default: None, a new
             one in each epoch.
@@ -33,7 +35,7 @@ _DOC = """{title}: {shape} images with labels, held in memory.
 
     Raises:
         FileNotFoundError: the files are not there, or damaged.
-        ValueError: `augment`, `views` or `view_seed` for the test split.
+        ValueError: `augment`, `views` or `view_seed` for the test split, or `subset` is out of range.
     """
 
 
@@ -78,7 +80,7 @@ def _builder(name: str, kind: _Kind):
         data_dir: str | Path = 'data',
         download: bool = False,
         augment: bool | None = None,
-        subset: int | None = None,
+        subset: int | float | None = None,
         synthetic: bool = False,
         views: int | None = None,
         view_seed: int = 0,
@@ -102,7 +104,7 @@ def _builder(name: str, kind: _Kind):
             labels,
             augment=crop_and_flip if augment else None,
             normalize=Normalize(name),
-            length=samples if subset is None else min(subset, samples),
+            length=subset_size(subset, samples),
             seed=view_seed,
         )
         return data_spec(

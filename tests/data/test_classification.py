@@ -121,6 +121,48 @@ def test_text_that_is_none(table, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ('since', 'before', 'left'),
+    [
+        *[(None, None, [0, 1, 1, 0]), ('2024-02-01', None, [1, 0]), (None, '2024-02-01', [0, 1])],
+        *[('2024-01-31', '2024-02-01', [1]), ('2024-02-01T23:00', '2024-03-01 00:00', [1])],
+    ],
+)
+def test_rows_of_a_time(table, since, before, left):
+    rows = ('a\t0\t2024-01-30', 'b\t1\t2024-01-31T23:59:59Z', 'c\t1\t2024-02-01 00:00', 'd\t0\t2024-03-01')
+    given = table(*rows, header='sentence\tlabel\tday')
+    spec = data.text_classification('validation', 4, **given, date_column='day', since=since, before=before)
+    (batch,) = spec.dataloader
+    assert batch['labels'].tolist() == left
+
+
+DATES = {
+    'none': ('a\t1\tlast week', {}, TextError, r"t.tsv:2: day is 'last week', which is no date such as 2024-01-31; "),
+    'column': (
+        'a\t1\tx',
+        {'date_column': 'd'},
+        ValueError,
+        r"t.tsv:2: there is no column 'd', but: sentence, label, day$",
+    ),
+    'no column': ('a\t1\tx', {'date_column': None, 'since': '2024-01-01'}, ValueError, r'set date_column$'),
+    'option': ('a\t1\tx', {'before': 'May'}, ValueError, r"^before must be a date such as 2024-01-31, not 'May'$"),
+    'left': (
+        'a\t1\t2024-01-31',
+        {'since': '2024-02-01'},
+        TextError,
+        r't.tsv, since 2024-02-01: there is not one row in it$',
+    ),
+}
+
+
+@pytest.mark.parametrize('mistake', DATES)
+def test_mistakes_with_dates_are_one_line(table, mistake):
+    row, more, kind, message = DATES[mistake]
+    given = table(row, header='sentence\tlabel\tday')
+    with pytest.raises(kind, match=message):
+        data.text_classification('train', 1, **given, **{'date_column': 'day', **more})
+
+
+@pytest.mark.parametrize(
     ('value', 'labels', 'words', 'found'),
     [
         *[('1', 2, (), 1), (1.0, 2, (), 1), ('yes', 2, ('no', 'yes'), 1), (0, 2, ('no', 'yes'), 0)],

@@ -89,6 +89,24 @@ def test_missing_data_says_what_to_do(split, data_dir):
     assert ('nowhere' in message) == (data_dir == 'nowhere')
 
 
+def test_several_folders_are_one_data_set(folder, tmp_path):
+    other = make_imagefolder(tmp_path / 'other')
+    spec = data.imagenet('train', 4, data_dir=[folder, str(other)], crop_size=32, num_workers=0, shuffle=False)
+    labels = [label for _, labels in spec.dataloader for label in labels.tolist()]
+    assert labels == 2 * ImageFolder(str(folder / 'train')).targets
+    paths = [path for path, _ in spec.dataloader.dataset.samples]
+    assert {str(folder), str(other)} == {
+        str(next(f for f in (folder, other) if path.startswith(str(f)))) for path in paths
+    }
+
+    (other / 'train' / 'class9').mkdir()
+    (other / 'train' / 'class9' / 'x.jpeg').touch()
+    with pytest.raises(ValueError, match=r'must have the same classes, and one of them alone has class9$'):
+        data.imagenet('train', 4, data_dir=[folder, other])
+    with pytest.raises(FileNotFoundError, match=r'no folder nowhere/train: set train_data\.data_dir'):
+        data.imagenet('train', 4, data_dir=[folder, 'nowhere'])
+
+
 def test_options_that_do_not_fit(folder):
     with pytest.raises(ValueError, match='resize_size is for split=val'):
         data.imagenet('train', 8, data_dir=folder, resize_size=256)

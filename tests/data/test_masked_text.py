@@ -50,6 +50,13 @@ def read_lines(path):
     return [json.loads(line)['text'] for line in gzip.open(path)]
 
 
+def test_several_paths_are_taken_together(world):
+    (world / 'more.txt').write_text('w1 w2\n' * 3)
+    alone, more = world / 'text', world / 'more.txt'
+    alone, both = (local(world, path=path, batch_size=1).num_samples for path in (alone, [alone, more]))
+    assert both == alone + 3
+
+
 def test_packed_text(world):
     spec = local(world, 'validation', max_length=16, pack=True, batch_size=1)
     lengths = [len(sample) for sample in samples_of(spec)]

@@ -1,3 +1,4 @@
+import pytest
 import torch
 from sklearn.datasets import load_digits
 
@@ -23,3 +24,19 @@ def test_batches_are_normalized_images():
     # From black to white, at the mean 0.3052 and standard deviation 0.3760 of the training split.
     torch.testing.assert_close(images.min(), torch.tensor(-0.3052 / 0.3760))
     torch.testing.assert_close(images.max(), torch.tensor((1 - 0.3052) / 0.3760))
+
+
+@pytest.mark.parametrize(('subset', 'samples'), [(100, 100), (5000, 1297), (0.25, 324), (1.0, 1297), (1e-9, 1)])
+def test_a_subset_is_the_first_of_them_and_mixed(subset, samples):
+    spec = data.digits('train', 1, subset=subset)
+    assert spec.num_samples == samples
+    drawn = torch.cat([labels for _, labels in spec.dataloader])
+    assert torch.equal(drawn.sort().values, spec.dataloader.dataset.labels[:samples].sort().values)
+    assert samples == 1 or len(drawn.unique()) == 10
+
+
+@pytest.mark.parametrize('subset', [0, -5, 1.5, 0.0])
+def test_a_subset_that_is_none(subset):
+    with pytest.raises(ValueError, match=r'^subset') as caught:
+        data.digits('train', 1, subset=subset)
+    assert str(subset) in str(caught.value)

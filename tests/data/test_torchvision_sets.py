@@ -73,6 +73,7 @@ def test_synthetic_has_the_shape_of_the_real(name):
     assert labels.dtype == torch.int64
     assert getattr(data, name)('test', 8, synthetic=True).num_samples == 10_000
     assert getattr(data, name)('train', 8, synthetic=True, subset=40).num_samples == 40
+    assert getattr(data, name)('train', 8, synthetic=True, subset=0.5).num_samples == samples / 2
 
 
 @pytest.mark.parametrize('name', KINDS)
