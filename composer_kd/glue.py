@@ -4,25 +4,18 @@ import hashlib
 import json
 import math
 import os
-import signal
-import socket
-import subprocess
-import sys
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any, TextIO
-
-import torch
+from typing import Any
 
 from composer_kd.checkpoints import file_sha256, find_checkpoint
 from composer_kd.files import write
+from composer_kd.jobs import Job, Jobs, is_at_work, tail
 from composer_kd.models.pretrained import read_pretrained
 from composer_kd.recipes import RecipeError, check, load
-from composer_kd.recipes.folder import differences, finished_run, run_folder, written_recipe
+from composer_kd.recipes.folder import evaluated_run, run_folder
 from composer_kd.recipes.load import Recipe, nearest
 from composer_kd.recipes.lock import FolderLock
 from composer_kd.tokenization import load_tokenizer
@@ -48,9 +41,6 @@ _DIGITS = 8
 _OURS = ('seed', 'run_name', 'runs_dir', 'autoresume', 'model.pretrained')
 
 _FIRST_SEED = 17
-_TAIL = 12  # lines of a failed run's log to show
-_SECONDS_BETWEEN_LOOKS = 0.2
-_SECONDS_TO_END = 10
 
 
 @dataclass
@@ -82,16 +72,6 @@ class _Run:
 
     def say_scores(self, how: str) -> None:
         self.say(f'{how}: ' + ', '.join(f'{name} {100 * value:.1f}' for name, value in self.scores().items()))
-
-
-@dataclass
-class _Job:
-    """A process at work on a run."""
-
-    run: _Run
-    slot: int
-    process: subprocess.Popen
-    log: TextIO = field(repr=False)
 
 
 def glue(
@@ -215,65 +195,45 @@ def _runs(
                 'autoresume=true',
             ]
             run = _Run(task, seed, file, own, check(load(file, own)).recipe, base)
-            run.summary = _finished(run)
+            run.summary = evaluated_run(run.recipe)
             runs.append(run)
     return runs
 
 
-def _finished(run: _Run) -> dict[str, Any] | None:
-    """The summary of a run, None if it is still to be started or finished.
-
-    Raises:
-        RecipeError: If its folder holds another run, or one that was evaluated otherwise.
-    """
-    summary = finished_run(run.recipe)
-    if summary is not None:
-        folder, recipe = run_folder(run.recipe), run.recipe
-        before, now = (config.get('eval_data') for config in (written_recipe(recipe, folder), recipe.config))
-        if others := differences(before, now, 'eval_data'):
-            todo = f'take what it was then, or delete {folder / "summary.json"}, and it is evaluated anew'
-            raise recipe.error(others[0].split('.'), f'{folder} was evaluated with other {", ".join(others)}; {todo}')
-    return summary
-
-
 def _work(runs: list[_Run], jobs: int | None) -> None:
     """Bring all runs to their end; those that fail leave the others alone."""
-    gpus = _gpus()
-    free = list(range(jobs or len(gpus) or 1))
-    slots = len(free)
-    waiting, running = [], []
+    waiting: list[_Run] = []
+    running: dict[Job, _Run] = {}
     for run in runs:
         if run.summary is None:
             waiting.append(run)
         else:
             run.say_scores('finished before')
-    with _ended(running):
+    with Jobs(jobs, gpus_per_job=1) as processes:
         while waiting or running:
             for run in [*waiting]:
                 if run.after and run.after.failed:
                     run.failed = True
                     run.say('not started, because the MNLI run that it starts from failed')
-                elif not free or (run.after and run.after.summary is None) or _is_busy(run):
+                elif not processes.free or (run.after and run.after.summary is None) or _is_busy(run):
                     continue
-                elif (summary := _finished(run)) is not None:  # by another launch, meanwhile
+                elif (summary := evaluated_run(run.recipe)) is not None:  # by another launch, meanwhile
                     run.summary = summary
                     run.say_scores('finished by another launch')
+                elif job := processes.start([str(run.file), *run.overrides], run.log):
+                    running[job] = run
+                    run.say(f'started, log {run.log}')
                 else:
-                    running.append(_start(run, free.pop(0), slots, gpus))
+                    continue
                 waiting.remove(run)
-            for job in [*running]:
-                if job.process.poll() is not None:
-                    running.remove(job)
-                    free.append(job.slot)
-                    job.log.close()
-                    _settle(job)
-            time.sleep(_SECONDS_BETWEEN_LOOKS)
+            for job in processes.ended():
+                _settle(running.pop(job), job)
 
 
 def _is_busy(run: _Run) -> bool:
     """Whether another launch is at work on a run, such as one whose parent was killed."""
     with FolderLock(run.recipe) as lock:
-        if lock.take(run_folder(run.recipe)):
+        if not is_at_work(run.log) and lock.take(run_folder(run.recipe)):
             return False
     if not run.is_announced:
         run.say(f'waiting for another launch, which is at work in {run_folder(run.recipe)}')
@@ -281,83 +241,18 @@ def _is_busy(run: _Run) -> bool:
     return True
 
 
-def _start(run: _Run, slot: int, slots: int, gpus: list[str]) -> _Job:
-    run.log.parent.mkdir(parents=True, exist_ok=True)
-    environment = dict(os.environ)
-    if gpus:
-        environment['CUDA_VISIBLE_DEVICES'] = gpus[slot % len(gpus)]
-    else:
-        environment.setdefault('OMP_NUM_THREADS', str(max(1, (os.cpu_count() or 1) // slots)))
-    launcher = [sys.executable, '-m', 'composer', '-n', '1', '--master_port', str(_free_port())]
-    log = run.log.open('a', encoding='utf-8')
-    process = subprocess.Popen(
-        [*launcher, str(run.file), *run.overrides],
-        stdout=log,
-        stderr=subprocess.STDOUT,
-        env=environment,
-        start_new_session=True,  # so that all of it can be ended at once
-    )
-    run.say(f'started, log {run.log}')
-    return _Job(run, slot, process, log)
-
-
-def _settle(job: _Job) -> None:
+def _settle(run: _Run, job: Job) -> None:
     """Look what has become of a run whose process ended."""
-    run = job.run
     try:
-        run.summary = _finished(run) if job.process.returncode == 0 else None
+        run.summary = evaluated_run(run.recipe) if job.process.returncode == 0 else None
     except RecipeError as error:
         run.say(str(error))
     run.failed = run.summary is None
     if run.failed:
-        lines = run.log.read_text(encoding='utf-8', errors='replace').splitlines()[-_TAIL:]
         run.say(f'failed (exit code {job.process.returncode}); {run.log} ends so:')
-        print(''.join(f'    {line}\n' for line in lines), end='', flush=True)
+        print(''.join(f'    {line}\n' for line in tail(run.log).splitlines()), end='', flush=True)
     else:
         run.say_scores('done')
-
-
-@contextmanager
-def _ended(running: list[_Job]) -> Iterator[None]:
-    """Whatever happens, no process is left behind; every signal to end is as one from the keyboard."""
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = [signal.signal(number, interrupt) for number in signals]
-    try:
-        yield
-    finally:
-        for job in running:
-            _send(job, signal.SIGTERM)
-        end = time.monotonic() + _SECONDS_TO_END
-        for job in running:
-            while job.process.poll() is None and time.monotonic() < end:
-                time.sleep(_SECONDS_BETWEEN_LOOKS)
-            _send(job, signal.SIGKILL)
-            job.process.wait()
-            job.log.close()
-        for number, handler in zip(signals, before, strict=True):
-            signal.signal(number, handler)
-
-
-def _send(job: _Job, number: signal.Signals) -> None:
-    with suppress(ProcessLookupError):
-        os.killpg(job.process.pid, number)
-
-
-def _gpus() -> list[str]:
-    """What CUDA_VISIBLE_DEVICES calls each GPU that this process sees."""
-    visible = [name for name in os.environ.get('CUDA_VISIBLE_DEVICES', '').split(',') if name.strip()]
-    count = torch.cuda.device_count()
-    return visible[:count] if visible else [str(index) for index in range(count)]
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(('127.0.0.1', 0))
-        return probe.getsockname()[1]
 
 
 def _scores(runs: list[_Run]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import psutil
 import pytest
 import torch
 
-from composer_kd import cli, glue, models
+from composer_kd import cli, glue, jobs, models
 from composer_kd.recipes import RecipeError
 from composer_kd.recipes.folder import write_recipe
 from helpers import TINY_BERT, make_glue, make_vocabulary, train_one_batch
@@ -88,7 +88,7 @@ class _Process:
     pid = 2**30  # nobody's
 
     def __init__(self, launcher, file, overrides, name, log):
-        self.launcher, self.recipe, self.name, self.log = launcher, (file, overrides), name, log
+        self.launcher, self.recipe, self.name, self.log = launcher, (file, overrides), name, log.name
         self.returncode, self.looks = None, 0
 
     def poll(self):
@@ -100,7 +100,7 @@ class _Process:
 
     def finish(self):
         if any(part in self.name for part in self.launcher.fails):
-            print('what went wrong', file=self.log, flush=True)
+            Path(self.log).write_text('what went wrong\n')
             return 3
         recipe = glue.check(glue.load(*self.recipe)).recipe
         folder = Path(recipe.config['runs_dir'], self.name)
@@ -123,12 +123,12 @@ class _Process:
 
 @pytest.fixture
 def launcher(monkeypatch):
-    monkeypatch.setattr(glue, '_SECONDS_BETWEEN_LOOKS', 0.001)
-    monkeypatch.setattr(glue.torch.cuda, 'device_count', lambda: 0)
+    monkeypatch.setattr(jobs, '_SECONDS_BETWEEN_LOOKS', 0.001)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 0)
 
     def install(**more):
         made = Launcher(**more)
-        monkeypatch.setattr(glue.subprocess, 'Popen', made)
+        monkeypatch.setattr(subprocess, 'Popen', made)
         return made
 
     return install
@@ -286,7 +286,7 @@ def test_recipes_that_distill(checkpoint, name, launcher):
 
 
 def test_each_run_has_a_gpu_of_its_own(checkpoint, launcher, monkeypatch):
-    monkeypatch.setattr(glue.torch.cuda, 'device_count', lambda: 3)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 3)
     made = launcher()
     glue.glue(checkpoint, recipes=YAMLS, tasks=['cola', 'sst2', 'qnli'])
     assert made.most == 3
@@ -420,7 +420,7 @@ def test_from_end_to_end_with_interruptions(checkpoint, name, capsys, monkeypatc
     rest = [f'{name.format("cola")} {batch}' for batch in (3, 4)]
     wait_for_batches(*two, *again, *rest, *(f'{name.format("rte")} {batch}' for batch in range(1, 5)), seconds=1)
 
-    monkeypatch.setattr(glue.subprocess, 'Popen', None)
+    monkeypatch.setattr(subprocess, 'Popen', None)
     results = glue.glue(checkpoint, recipes=YAMLS, tasks=['mnli', 'cola', 'rte'], seeds=1, overrides=OVERRIDES)
     assert json.loads(Path(f'runs/{runs_name}.json').read_text()) == results
     assert capsys.readouterr().out.count('finished before') == 3
@@ -453,9 +453,9 @@ def test_whoever_ends_the_command_ends_its_runs(checkpoint, monkeypatch, number)
         sleep(seconds)
 
     sleep = time.sleep
-    monkeypatch.setattr(glue, '_SECONDS_TO_END', 1)
-    monkeypatch.setattr(glue.subprocess, 'Popen', start_sleeper)
-    monkeypatch.setattr(glue.time, 'sleep', end_once_started)
+    monkeypatch.setattr(jobs, '_SECONDS_TO_END', 1)
+    monkeypatch.setattr(subprocess, 'Popen', start_sleeper)
+    monkeypatch.setattr(time, 'sleep', end_once_started)
     before = signal.getsignal(number)
     assert cli.main(['glue', checkpoint, '--recipes', str(YAMLS), '--tasks', 'cola']) == 130
     assert signal.getsignal(number) == before

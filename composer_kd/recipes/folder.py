@@ -146,6 +146,22 @@ def finished_run(recipe: Recipe) -> dict[str, Any] | None:
     return summary
 
 
+def evaluated_run(recipe: Recipe) -> dict[str, Any] | None:
+    """As `finished_run`, for who looks at what the run was evaluated with, too.
+
+    Raises:
+        RecipeError: As there, or the run was evaluated otherwise than the recipe says.
+    """
+    summary = finished_run(recipe)
+    if summary is not None:
+        folder = run_folder(recipe)
+        before, now = (config.get('eval_data') for config in (written_recipe(recipe, folder), recipe.config))
+        if others := differences(before, now, 'eval_data'):
+            todo = f'take what it was then, or delete {folder / "summary.json"}, and it is evaluated anew'
+            raise recipe.error(others[0].split('.'), f'{folder} was evaluated with other {", ".join(others)}; {todo}')
+    return summary
+
+
 def differences(one: Any, other: Any, key: str = '') -> list[str]:
     """Keys in which two recipes differ in what they train."""
     if isinstance(one, dict) and isinstance(other, dict):

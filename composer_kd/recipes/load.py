@@ -1,6 +1,7 @@
 """A recipe file and its overrides -> one plain dict that knows on which line each value stands."""
 
 import difflib
+import json
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
@@ -38,14 +39,12 @@ class Recipe:
     Args:
         path: The file.
         config: The values.
-        lines: Position of each key: a line number, or None for one that was overridden.
-        overridden: Where overrides stand.
+        lines: Position of each key: a line of the file, or where the override stands that set it.
     """
 
     path: Path
     config: dict[str, Any]
-    lines: dict[Key, int | None] = field(default_factory=dict)
-    overridden: str = COMMAND_LINE
+    lines: dict[Key, int | str] = field(default_factory=dict)
 
     def where(self, key: Sequence[object] = ()) -> str:
         """`FILE:LINE` of a key, or of the nearest key around it; for a value that was overridden, where that was."""
@@ -53,7 +52,7 @@ class Recipe:
         while path and path not in self.lines:
             path = path[:-1]
         line = self.lines.get(path, 1)
-        return self.overridden if line is None else f'{self.path}:{line}'
+        return line if isinstance(line, str) else f'{self.path}:{line}'
 
     def error(self, key: Sequence[object], message: str, exit_code: int = 2) -> RecipeError:
         """The error to raise for what stands at a key."""
@@ -67,32 +66,71 @@ def nearest(name: str, names: Collection[str]) -> str:
     return f'did you mean {close[0]!r}?' if close else f'there are: {", ".join(sorted(names))}'
 
 
-def load(path: str | Path, overrides: Sequence[str] = (), overridden: str = COMMAND_LINE) -> Recipe:
+def load(path: str | Path, overrides: Sequence[str] = (), overridden: str | Sequence[str] = COMMAND_LINE) -> Recipe:
     """Read a recipe file, apply overrides, resolve interpolations (`${max_duration}`, `${oc.env:HOME,null}`).
 
     Args:
         path: The YAML file.
         overrides: Items `key.sub=value`, the value in YAML; an entry of a list is named by its index
             (`teachers.0.checkpoint=x.pt`).
-        overridden: Where the overrides stand.
+        overridden: Where the overrides stand: all of them, or each.
 
     Raises:
         RecipeError: If the file cannot be read, is not a recipe, or an override does not fit it.
+    """
+    recipe = read(path, 'recipe')
+    if not {'model', 'train_data', 'max_duration'} <= recipe.config.keys():
+        raise _no_recipe(recipe.path)
+    places = [overridden] * len(overrides) if isinstance(overridden, str) else overridden
+    for override, place in zip(overrides, places, strict=True):
+        _override(recipe, override, place)
+    recipe.config = _interpolate(recipe)
+    return recipe
+
+
+def read(path: str | Path, what: str) -> Recipe:
+    """Read a YAML file that is a mapping, as it stands.
+
+    Args:
+        path: The file.
+        what: What errors call it.
+
+    Raises:
+        RecipeError: If it cannot be read, or is something else.
     """
     path = Path(path)
     try:
         text = path.read_text(encoding='utf-8')
     except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f'{path}: cannot read the recipe: {getattr(error, "strerror", None) or error}') from error
-    recipe = Recipe(path, {}, overridden=overridden)
-    data = _parse(text, str(path), recipe.lines)
-    required = {'model', 'train_data', 'max_duration'}
-    if not isinstance(data, dict) or not required & data.keys():
-        raise RecipeError(f'{path}:1: this is no recipe: a recipe is a mapping with model, train_data and max_duration')
-    for override in overrides:
-        _override(data, override, recipe)
-    recipe.config = _interpolate(recipe, data)
+        raise RecipeError(f'{path}: cannot read the {what}: {getattr(error, "strerror", None) or error}') from error
+    recipe = Recipe(path, {})
+    recipe.config = _parse(text, str(path), recipe.lines)
+    if not isinstance(recipe.config, dict):
+        raise _no_recipe(path)
     return recipe
+
+
+def as_override(key: str, value: Any) -> str:
+    """The override that sets a value, written plainly where that is read as the same value."""
+    try:
+        is_plain = isinstance(value, str) and parse_value(value) == value
+    except RecipeError:
+        is_plain = False
+    return f'{key}={value if is_plain else json.dumps(value, ensure_ascii=False)}'
+
+
+def parse_value(text: str) -> Any:
+    """The value of an override.
+
+    Raises:
+        RecipeError: It is not valid YAML.
+    """
+    return _parse(text, COMMAND_LINE, {})
+
+
+def _no_recipe(path: Path) -> RecipeError:
+    needs = 'a recipe is a mapping with model, train_data and max_duration'
+    return RecipeError(f'{path}:1: this is no recipe: {needs}')
 
 
 class _Loader(yaml.SafeLoader):
@@ -112,7 +150,7 @@ _Loader.add_implicit_resolver(
 _Loader.add_implicit_resolver('tag:yaml.org,2002:float', _FLOAT, list('-+0123456789.'))
 
 
-def _parse(text: str, name: str, lines: dict[Key, int | None]) -> Any:
+def _parse(text: str, name: str, lines: dict[Key, int | str]) -> Any:
     """The value of a YAML text; fills `lines` with the line of every key and list entry."""
     try:
         loader = _Loader(text)
@@ -127,7 +165,7 @@ def _parse(text: str, name: str, lines: dict[Key, int | None]) -> Any:
         raise RecipeError(f'{name}:1: not valid YAML: an alias contains itself') from error
 
 
-def _construct(loader: _Loader, node: yaml.Node, key: Key, lines: dict[Key, int | None], name: str) -> Any:
+def _construct(loader: _Loader, node: yaml.Node, key: Key, lines: dict[Key, int | str], name: str) -> Any:
     lines.setdefault(key, node.start_mark.line + 1)
     if isinstance(node, yaml.MappingNode) and node.tag == 'tag:yaml.org,2002:map':
         own: dict[str, int] = {}
@@ -148,18 +186,18 @@ def _construct(loader: _Loader, node: yaml.Node, key: Key, lines: dict[Key, int 
     return loader.construct_object(node, deep=True)
 
 
-def _override(data: dict, override: str, recipe: Recipe) -> None:
-    """Set one value in place."""
-    lines, where = recipe.lines, recipe.overridden
+def _override(recipe: Recipe, override: str, where: str) -> None:
+    """Set one value in place; `where` the override stands."""
+    lines = recipe.lines
     name, equals, text = override.partition('=')
     if not equals or not name:
         raise RecipeError(f'{where}: an override is written key=value, not {override!r}')
     key = tuple(name.split('.'))
     try:
-        value = _parse(text, where, {})
+        value = parse_value(text)
     except RecipeError as error:
         raise RecipeError(f'{where}: {name}: {text!r} is not valid YAML') from error
-    here: Any = data
+    here: Any = recipe.config
     for depth, part in enumerate(key[:-1]):
         index = _index(here, part, name, where)
         if isinstance(here, dict) and here.get(index) is None:
@@ -171,7 +209,7 @@ def _override(data: dict, override: str, recipe: Recipe) -> None:
     here[_index(here, key[-1], name, where)] = value
     for known in [known for known in lines if known[: len(key)] == key]:
         del lines[known]
-    lines[key] = None
+    lines[key] = where
 
 
 def _index(here: Any, part: str, name: str, where: str) -> Any:
@@ -185,9 +223,9 @@ def _index(here: Any, part: str, name: str, where: str) -> Any:
     return int(part)
 
 
-def _interpolate(recipe: Recipe, data: dict) -> dict[str, Any]:
+def _interpolate(recipe: Recipe) -> dict[str, Any]:
     try:
-        config = OmegaConf.to_container(OmegaConf.create(data), resolve=True, throw_on_missing=True)
+        config = OmegaConf.to_container(OmegaConf.create(recipe.config), resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         key = [part for part in re.split(r'[.\[\]]+', str(error.full_key or '')) if part]
         raise recipe.error(key, str(error.msg or error).splitlines()[0]) from error
