@@ -22,27 +22,27 @@ from composer_kd.algorithms.inputs import refuse_changed_inputs
 from composer_kd.comparison import Comparison, rounding
 from composer_kd.data.text_files import TextError
 from composer_kd.recipes.bind import signature
-from composer_kd.recipes.check import Call, Plan, check, takes_teachers
-from composer_kd.recipes.folder import finished_run, on_rank_zero
-from composer_kd.recipes.load import load
+from composer_kd.recipes.check import Call, Plan, TeacherRun, check, takes_teachers
+from composer_kd.recipes.folder import finished_run, on_rank_zero, run_folder
+from composer_kd.recipes.load import COMMAND_LINE, load
+from composer_kd.recipes.report import circumstances
 from composer_kd.recipes.run import assemble, start
 from composer_kd.recording import Journal, Record, RecordError, RowFormat, differences, seal
+from composer_kd.recording.cost import Cost
 from composer_kd.recording.manifest import PARTS, shard_samples
 from composer_kd.recording.manifest import read as read_manifest
 from composer_kd.teachers import Teacher, TeacherError, TeacherPool
 from composer_kd.teachers.batches import samples_in
-from composer_kd.teachers.recorded import (
-    RecordedTeacher,
+from composer_kd.teachers.recorded import RecordedTeacher
+from composer_kd.teachers.recording import (
     classes_of,
-    loader_with_keys,
     lock_record,
     manifest_fields,
-    on_all_ranks,
     one_per_row,
     row_format,
-    rows_per_sample,
     unlock_record,
 )
+from composer_kd.teachers.rows import loader_with_keys, on_all_ranks, rows_per_sample
 from composer_kd.topk import TopKLogits
 from composer_kd.vocabulary import part
 
@@ -78,7 +78,7 @@ def record(
         views: `train_data.views`. Default: None, as in the recipe.
         out: The folder of the record; of several teachers, that of folders `0`, `1` and so on. Default: None, the one
             that the recipe records into as it trains, or else `records/<name of the recipe>`.
-        top: See `composer_kd.teachers.recorded.RecordingTeacher`.
+        top: See `composer_kd.teachers.recording.RecordingTeacher`.
         dtype: See there.
         verify: Whether to record nothing, and to ask the teachers again about some of the samples that are recorded.
 
@@ -90,6 +90,8 @@ def record(
     own = {name: distiller.arguments.pop(name, None) for name in ('record', 'record_top', 'record_dtype')}
     folder = Path(out or own['record'] or Path('records', plan.recipe.path.stem))
     options = {'top': own['record_top'] if top is None else top, 'dtype': dtype or own['record_dtype']}
+    of_top = (*distiller.key, 'record_top') if top is None else ('--top',)
+    plan.recipe.lines['--top',] = COMMAND_LINE
     folders = [folder] if len(plan.teachers) == 1 else [folder / str(index) for index in range(len(plan.teachers))]
     plan.trainer.setdefault('dist_timeout', _LONGEST_WAIT)
     start(plan)
@@ -100,7 +102,7 @@ def record(
 
         def look(keywords: dict[str, Any]) -> None:
             if not fields:
-                fields.extend(_look(plan, keywords, folders, options, writes=not verify))
+                fields.extend(_look(plan, keywords, folders, options, of_top, writes=not verify))
 
         if verify:
             for folder in folders:
@@ -153,6 +155,7 @@ def _look(
     keywords: dict[str, Any],
     folders: Sequence[Path],
     options: dict[str, Any],
+    of_top: tuple[object, ...],
     writes: bool,
 ) -> list[dict[str, Any]]:
     """See whether what was built can be recorded, before anything is trained.
@@ -167,28 +170,33 @@ def _look(
         raise recipe.error(('train_data',), str(error)) from error
     if loader.views is None:
         what = 'makes new views of the samples in each epoch'
-        raise recipe.error(('train_data',), f'{what}; say how many to record by --views N, or by train_data.views=N')
+        todo = 'say how many to record by --views N, or by train_data.views=N (1 if nothing is drawn at random)'
+        raise recipe.error(('train_data',), f'{what}; {todo}')
     asked = recipe.config['train_data'].get('views')
     if asked is not None and asked > loader.views:
         what = f'nothing is drawn at random for a sample of this data set, so one view is all there is, not {asked}'
         raise recipe.error(('train_data',), f'{what}: leave out --views and train_data.views')
     pool = _pool(keywords)
-    for teacher in pool.teachers:
+    for call, algorithm in zip(plan.algorithms, keywords['algorithms'], strict=True):
         try:
-            refuse_changed_inputs(keywords['algorithms'], teacher.name)
+            refuse_changed_inputs([algorithm], pool.teachers[0].name)
         except ValueError as error:
-            raise recipe.error(('algorithms',), str(error)) from error
-    for algorithm in keywords['algorithms']:
+            raise recipe.error(call.key, str(error)) from error
         if isinstance(algorithm, _TRANSFORM_DATA_SETS):
             what = f'{type(algorithm).__name__} adds a transform to the data set only when a run begins'
             todo = 'record as a run learns, by algorithms.knowledge_distillation.record=PATH'
-            raise recipe.error(('algorithms',), f'{what}: {todo}, or leave it out')
+            raise recipe.error(call.key, f'{what}: {todo}, or leave it out')
     try:
         classes = classes_of(keywords['model'])
-        temperatures = (_temperature(plan),)
+    except TeacherError as error:
+        raise recipe.error(('model',), str(error)) from error
+    for folder in folders:
+        read_manifest(folder)  # raises what is wrong with it
+    temperatures = (_temperature(plan),)
+    try:
         formats = [row_format(folder, classes, **options, temperatures=temperatures) for folder in folders]
-    except (TeacherError, RecordError) as error:
-        raise recipe.error((), str(error)) from error
+    except RecordError as error:
+        raise recipe.error(of_top, str(error)) from error
     precision = _state(plan, keywords['model']).precision.value
     of_shard = {'shard_samples': shard_samples(loader.samples, loader.batch_size * dist.get_world_size())}
     data = loader.identity()
@@ -304,15 +312,44 @@ def _record(work: _Work) -> None:
     todo = on_all_ranks(lambda: _shards_to_do(work) if rank == 0 else [])[0]
     units = [_Unit.of(work, *place) for place in todo[rank::ranks]]
     journals = [Journal(record, rank) for record in work.records]
+    costs = [Cost(record.path) for record in work.records] if rank == 0 else []
     with _Progress(sum(len(unit.ids) for unit in units), f'{work.records[0].path}') as progress:
         for unit, counts, rows in _said(work, units, progress):
             unit.write(work, journals, counts, rows)
+            _charge(work, costs, started)
     for journal in journals:
         journal.close()
     samples = sum(on_all_ranks(lambda: sum(len(unit.ids) for unit in units)))
     on_all_ranks(lambda: _seal(work))
     if rank == 0:
+        if samples:
+            _charge(work, costs, started)
         print(_report(work, samples, time.monotonic() - started), flush=True)
+        for index, cost in enumerate(costs):
+            cost.close(_summary(work, index))
+
+
+def _charge(work: _Work, costs: Sequence[Cost], started: float) -> None:
+    """Each record is charged an equal part of the time."""
+    seconds = (time.monotonic() - started) / len(work.records)
+    for cost, teacher in zip(costs, work.teachers, strict=False):  # there is none but on rank 0
+        cost.add(seconds, teacher.forwards)
+
+
+def _summary(work: _Work, index: int) -> dict[str, Any]:
+    """What there is to know about one of the records beside what it cost."""
+    record, teacher, recipe = work.records[index], work.plan.teachers[index], work.plan.recipe
+    run = teacher.run
+    if teacher.recipe is not None and (found := finished_run(teacher.recipe.recipe)):
+        run = TeacherRun.of(found, run_folder(teacher.recipe.recipe))
+    return {
+        'teacher_training_seconds': run.seconds if run else 0.0,
+        'samples': record.samples,
+        'views': work.views,
+        'bytes': record.size()[0],
+        **circumstances(work.state),
+        'config': recipe.config,
+    }
 
 
 def _seal(work: _Work) -> None:
@@ -476,9 +513,12 @@ def _verify(work: _Work) -> None:
     """Ask the teachers again about some samples, each rank about its part, and compare."""
     for record in work.records:
         if missing := record.missing(work.views):
-            damaged = len(record.damaged())
-            what = f'{record.path} lacks samples in {len(missing)} shards' + f', {damaged} damaged' * bool(damaged)
-            raise RecordError(f'{what}: run the same without --verify, which adds them')
+            todo = 'run the same without --verify, which'
+            if damaged := record.damaged():
+                others = f', and {len(damaged) - 1} more' if damaged[1:] else ''
+                raise RecordError(f'{damaged[0]} is damaged{others}: {todo} rewrites {"them" if others else "it"}')
+            shards = '1 shard' if len(missing) == 1 else f'{len(missing)} shards'
+            raise RecordError(f'{record.path} lacks samples in {shards}: {todo} adds them')
     keys = _some_keys(work.records[0].samples, work.views)
     own = keys[dist.get_global_rank() :: dist.get_world_size()]
     comparisons = [Comparison() for _ in work.records]

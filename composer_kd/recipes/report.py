@@ -52,7 +52,6 @@ def summarize(plan: Plan, trainer: Trainer, folder: Path, teacher_training_secon
     state = trainer.state
     seconds = state.timestamp.total_wct.total_seconds()
     pools = [pool for a in state.algorithms if isinstance(pool := getattr(a, 'pool', None), TeacherPool)]
-    device = torch.cuda.get_device_name() if state.device.name == 'gpu' else platform.processor() or platform.machine()
     summary = {
         'run_name': state.run_name,
         'recipe': str(plan.recipe.path),
@@ -62,19 +61,11 @@ def summarize(plan: Plan, trainer: Trainer, folder: Path, teacher_training_secon
         'teacher_forwards': sum(pool.forwards for pool in pools),
         'teacher_share': teacher_share(pools[0], state) if pools else None,
         'teacher_training_seconds': teacher_training_seconds,
-        'epochs': state.timestamp.epoch.value,
+        'epochs': _epochs(state),
         'batches': state.timestamp.batch.value,
         'samples': state.timestamp.sample.value,
         'samples_per_second': state.timestamp.sample.value / seconds if seconds else None,
-        'world_size': dist.get_world_size(),
-        'device': device,
-        'precision': state.precision.value,
-        'versions': {
-            'composer-kd': __version__,
-            **{name: version(name) for name in ('mosaicml', 'torch', 'torchvision')},
-            'python': platform.python_version(),
-        },
-        'git_commit': _git_commit(),
+        **circumstances(state),
         'parameters': sum(parameter.numel() for parameter in state.model.parameters()),
         'checkpoint': None,
         'checkpoint_sha256': None,
@@ -86,6 +77,28 @@ def summarize(plan: Plan, trainer: Trainer, folder: Path, teacher_training_secon
     plot(rows, folder / 'curves.png', state.run_name)
     write(folder / 'summary.json', json.dumps(summary, indent=2) + '\n')
     return summary
+
+
+def _epochs(state: State) -> int:
+    """Epochs that are done; one that ended with the run is, whether or not Composer came to count it."""
+    batches, time = state.dataloader_len, state.timestamp
+    return time.epoch.value + int(batches is not None and time.batch_in_epoch == batches)
+
+
+def circumstances(state: State) -> dict[str, Any]:
+    """Hardware and versions."""
+    on_gpu = state.device.name == 'gpu'
+    return {
+        'world_size': dist.get_world_size(),
+        'device': torch.cuda.get_device_name() if on_gpu else platform.processor() or platform.machine(),
+        'precision': state.precision.value,
+        'versions': {
+            'composer-kd': __version__,
+            **{name: version(name) for name in ('mosaicml', 'torch', 'torchvision')},
+            'python': platform.python_version(),
+        },
+        'git_commit': _git_commit(),
+    }
 
 
 def teacher_share(pool: TeacherPool, state: State) -> float | None:
