@@ -30,6 +30,7 @@ class MetricsLogger(LoggerDestination):
         self._file: TextIO | None = None
         self._row: dict[str, Any] = {}
         self._size = 0
+        self._rows_to_show = 0
 
     def after_load(self, state: State, logger: Logger) -> None:
         """Open the file where the run goes on."""
@@ -54,9 +55,8 @@ class MetricsLogger(LoggerDestination):
         self._row |= {'batch': time.batch.value, 'epoch': time.epoch.value, 'seconds': seconds}
 
     def eval_end(self, state: State, logger: Logger) -> None:
-        """Let a reader see what there is."""
-        if self._file:
-            self._file.flush()
+        """Let a reader see what was found, in the row that is written next, and that the run has gone on since."""
+        self._rows_to_show = 2
 
     def state_dict(self) -> dict[str, Any]:
         """The size of the file, and the row that is not in it yet."""
@@ -85,6 +85,9 @@ class MetricsLogger(LoggerDestination):
         if self._file:
             head = {name: row.pop(name) for name in ('batch', 'epoch', 'seconds')}
             self._file.write(json.dumps(head | row) + '\n')
+            if self._rows_to_show:
+                self._rows_to_show -= 1
+                self._file.flush()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

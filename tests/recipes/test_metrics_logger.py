@@ -45,6 +45,21 @@ def test_one_row_per_batch(tmp_path):
     ]
 
 
+def test_a_reader_sees_an_evaluation_once_the_run_has_gone_on(tmp_path):
+    path = tmp_path / 'metrics.jsonl'
+    run = Run(path)
+    run.batch(loss=1.0)
+    run.logger.log_metrics({'metrics/eval/x': 0.5})
+    run.logger.eval_end(run.state, None)
+    assert read_metrics(path) == []
+    run.batch(loss=0.5)
+    assert [row.get('metrics/eval/x') for row in read_metrics(path)] == [0.5]
+    for _ in range(3):
+        run.batch(loss=0.5)
+    assert [row['batch'] for row in read_metrics(path)] == [1, 2]
+    run.close()
+
+
 def test_values_are_valid_json(tmp_path):
     path = tmp_path / 'metrics.jsonl'
     run = Run(path)
