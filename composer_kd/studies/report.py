@@ -1,0 +1,44 @@
+"""`composer-kd report`: what studies have found, for people."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from composer_kd.files import write
+from composer_kd.recipes.load import RecipeError
+from composer_kd.studies.curves import CHARGES, Charge
+from composer_kd.studies.report_findings import find
+from composer_kd.studies.report_markdown import markdown
+from composer_kd.studies.report_page import page
+from composer_kd.studies.report_pictures import pictures
+
+
+def report(folders: Sequence[str | Path], *, out: str | Path | None = None, charge: Charge = 'none') -> Path:
+    """Write `report.html`, `report.md` and their pictures.
+
+    Args:
+        folders: Of studies, at least one; the rows of several are put together.
+        out: Where to write. Default: the first folder.
+        charge: What each run is charged beside its own training: the making of the `recording` that it learns from, the
+            training of its `teacher`, `all` of these, or `none`.
+
+    Returns:
+        The page.
+
+    Raises:
+        RecipeError: There are no results, or damaged ones; they cannot be compared; plotly is not installed.
+    """
+    if charge not in CHARGES:
+        raise RecipeError(f'--charge {charge}: must be one of {", ".join(CHARGES)}')
+    findings = find(folders, charge)
+    drawn = pictures(findings)
+    text, shown = markdown(findings, [*drawn]), page(findings, [*drawn])
+    folder = Path(out if out is not None else folders[0])
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in {**drawn, 'report.md': text, 'report.html': shown}.items():
+            write(folder / name, content)
+    except OSError as error:
+        raise RecipeError(f'cannot write the report to {folder}: {error.strerror}', 1) from error
+    return folder / 'report.html'
