@@ -16,7 +16,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog='composer-kd', description='Recipes that train faster by distillation.')
     parser.add_argument('--version', action='version', version=f'composer-kd {version("composer-kd")}')
     commands = parser.add_subparsers(dest='command', required=True)
-    check = commands.add_parser('check', help='check recipes without data or training')
+    check = commands.add_parser('check', help='check recipes and studies without data or training')
     check.add_argument('files', nargs='+', metavar='FILE')
     export = commands.add_parser(
         'export', help="write a checkpoint of a text model as Hugging Face's libraries load it"
@@ -43,6 +43,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     record.add_argument('--dtype', choices=('float16', 'float32'), help='default: float16 with K, else float32')
     record.add_argument('--verify', action='store_true', help='record nothing, but compare some of what is recorded')
     record.add_argument('-n', '--ranks', metavar='RANKS', type=int, help='processes; default: one for each GPU')
+    sweep = commands.add_parser('sweep', help='run a grid of recipes, each run a process of its own; rows at the end')
+    sweep.add_argument('file', metavar='SWEEP', help='a YAML file with `methods`')
+    sweep.add_argument('--jobs', metavar='N', type=int, help='runs at the same time; default: as many as have GPUs')
+    sweep.add_argument('--launcher', choices=('local', 'slurm'), default='local', help='default: %(default)s')
+    sweep.add_argument(
+        '--slurm', metavar='key=value', action='append', default=[], help='for the launcher slurm, as submitit names it'
+    )
+    sequence = commands.add_parser('sequence', help='run recipes one after another, each taught by those before')
+    sequence.add_argument('file', metavar='SEQUENCE', help='a YAML file with `arms`')
+    for study in (sweep, sequence):
+        study.add_argument(
+            '--gpus-per-job', metavar='G', type=int, help='GPUs of each run; default: all, divided among the jobs'
+        )
+        study.add_argument('--retry', action='store_true', help='start again what failed before')
+        study.add_argument('--dry-run', action='store_true', help='print the runs, and start none')
+    report = commands.add_parser('report', help='curves, speed-ups and tables of studies, as one HTML page')
+    report.add_argument('folders', nargs='+', metavar='FOLDER', help='of a study')
+    report.add_argument('--out', metavar='DIR', help='default: the first folder')
+    report.add_argument(
+        '--charge',
+        choices=('none', 'recording', 'teacher', 'all'),
+        default='none',
+        help='what a run pays beside its own training; default: %(default)s',
+    )
     arguments, rest = parser.parse_known_args(argv)
     # Overrides that stand behind an option are left over.
     if unknown := [item for item in rest if arguments.command not in ('glue', 'record') or item.startswith('-')]:
@@ -54,17 +78,60 @@ def main(argv: Sequence[str] | None = None) -> int:
         'record': lambda: record_teachers(
             arguments, [*arguments.overrides, *rest], sys.argv[1:] if argv is None else argv
         ),
+        'sweep': lambda: run_sweep(arguments),
+        'sequence': lambda: run_sequence(arguments),
+        'report': lambda: write_report(arguments),
     }
     return guarded(work[arguments.command])
 
 
 def check_recipes(files: Sequence[str]) -> None:
-    """Check recipes one after another; says which are right."""
+    """Check recipes and studies one after another; says which are right."""
     from composer_kd.recipes import check, load
+    from composer_kd.recipes.load import read
 
     for file in files:
-        check(load(file))
+        keys = read(file, 'recipe').config
+        if 'methods' in keys:
+            from composer_kd.studies.grid import read_sweep
+
+            read_sweep(file)
+        elif 'arms' in keys:
+            from composer_kd.studies.sequence import check_file
+
+            check_file(file)
+        else:
+            check(load(file))
         print(f'ok {file}')
+
+
+def run_sweep(arguments: argparse.Namespace) -> None:
+    """Run a sweep."""
+    from composer_kd.studies.sweep import sweep
+
+    sweep(
+        arguments.file,
+        jobs=arguments.jobs,
+        gpus_per_job=arguments.gpus_per_job,
+        launcher=arguments.launcher,
+        slurm=arguments.slurm,
+        retry=arguments.retry,
+        dry_run=arguments.dry_run,
+    )
+
+
+def run_sequence(arguments: argparse.Namespace) -> None:
+    """Run a sequence."""
+    from composer_kd.studies.sequence import sequence
+
+    sequence(arguments.file, gpus_per_job=arguments.gpus_per_job, retry=arguments.retry, dry_run=arguments.dry_run)
+
+
+def write_report(arguments: argparse.Namespace) -> None:
+    """Write the report of studies; says where."""
+    from composer_kd.studies.report import report
+
+    print(report(arguments.folders, out=arguments.out, charge=arguments.charge))
 
 
 def export_checkpoint(checkpoint: str, folder: str) -> None:
@@ -116,14 +183,15 @@ def record_teachers(arguments: argparse.Namespace, overrides: Sequence[str], com
 
 def _ranks(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     """How many processes are to record: one for each GPU that the recipe uses, unless somebody says."""
+    if arguments.ranks is not None and arguments.ranks > 0:
+        return arguments.ranks
+
     import torch
 
     from composer_kd.recipes.load import RecipeError, load
 
     if arguments.ranks is not None:
-        if arguments.ranks < 1:
-            raise RecipeError(f'composer-kd record: -n {arguments.ranks}: there must be at least one process')
-        return arguments.ranks
+        raise RecipeError(f'composer-kd record: -n {arguments.ranks}: there must be at least one process')
     gpus = torch.cuda.device_count()
     return gpus if gpus > 1 and load(arguments.file, overrides).config.get('device') != 'cpu' else 1
 
@@ -165,16 +233,18 @@ def guarded(work: Callable[[], None]) -> int:
     Of several ranks the first speaks. The others wait for the launcher to end them once it has, and speak up only if it
     has not: then the error is theirs alone.
     """
-    from composer_kd.recipes.load import RecipeError
-
     try:
         work()
-    except RecipeError as error:
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        from composer_kd.recipes.load import RecipeError  # now, since Composer takes seconds to import
+
+        if not isinstance(error, RecipeError):
+            raise
         rank = int(os.environ.get('RANK', 0))
         if rank > 0:
             time.sleep(SECONDS_FOR_RANK_ZERO)
         print(f'rank {rank}: {error}' if rank > 0 else error, file=sys.stderr, flush=True)
         return error.exit_code
-    except KeyboardInterrupt:
-        return 130
     return 0

@@ -1,0 +1,1 @@
+"""Studies: many runs that belong together, each an ordinary `composer` process, and what they say together."""
