@@ -8,7 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from composer_kd.recipes.load import RecipeError
 from composer_kd.studies.study import Study
+
+_FILE = 'metrics.jsonl'
 
 
 def evaluations(folder: Path, metric: str) -> list[dict[str, Any]]:
@@ -17,13 +20,21 @@ def evaluations(folder: Path, metric: str) -> list[dict[str, Any]]:
     Args:
         folder: Of the run, which may be at work.
         metric: What is compared.
+
+    Raises:
+        RecipeError: A line before the last one is damaged.
     """
     # After the last evaluation no batch comes, so that it is the last line.
-    return [json.loads(line) for line in _lines(folder)[:-1] if json.dumps(metric) in line]
+    lines = enumerate(_lines(folder)[:-1], 1)
+    return [_read(folder, number, line) for number, line in lines if json.dumps(metric) in line]
 
 
 def seconds_spent(folder: Path) -> float | None:
-    """Seconds of training in a run that is not finished, None if not one batch is."""
+    """Seconds of training in a run that is not finished, None if not one batch is.
+
+    Raises:
+        RecipeError: A line before the last one is damaged.
+    """
     lines = _lines(folder)
     return json.loads(lines[-1])['seconds'] if lines else None
 
@@ -81,10 +92,34 @@ def table(study: Study, rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _lines(folder: Path) -> list[str]:
-    """The lines of a run's metrics file; one that is being written is left out."""
-    path = folder / 'metrics.jsonl'
-    text = path.read_text(encoding='utf-8') if path.is_file() else ''
-    return text[: text.rfind('\n') + 1].splitlines()
+    """The lines of a run's metrics file; a last one that is torn, or being written, is left out."""
+    path = folder / _FILE
+    text = path.read_text(encoding='utf-8', errors='replace') if path.is_file() else ''
+    lines = text[: text.rfind('\n') + 1].splitlines()
+    if lines and not _is_whole(lines[-1]):
+        lines.pop()
+    for number, line in enumerate(lines, 1):
+        if line.rfind('{"batch"') != 0 or not line.endswith('}'):  # quick, for it is done again and again
+            raise _damaged(folder, number)
+    return lines
+
+
+def _read(folder: Path, number: int, line: str) -> dict[str, Any]:
+    if not _is_whole(line):
+        raise _damaged(folder, number)
+    return json.loads(line)
+
+
+def _is_whole(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
+
+
+def _damaged(folder: Path, number: int) -> RecipeError:
+    todo = f'delete {folder}, and the same command makes the run again'
+    return RecipeError(f'{folder / _FILE}:{number}: this line is damaged; {todo}', 1)
 
 
 def _short(value: Any) -> str:

@@ -149,7 +149,8 @@ def _trials(study: Study) -> list[Step]:
 
 def _stages(study: Study) -> list[Step]:
     given, key = study.value(('stages',)), ('stages',)
-    if isinstance(given, dict) and {*given} == {'key', 'values'} and isinstance(given['values'], list):
+    is_short = isinstance(given, dict) and {*given} == {'key', 'values'}
+    if is_short and isinstance(given['key'], str) and isinstance(given['values'], list):
         places = [(*key, 'values', index) for index in range(len(given['values']))]
         settings = [{given['key']: value} for value in given['values']]
     elif isinstance(given, list) and all(isinstance(stage, dict) for stage in given):

@@ -128,7 +128,8 @@ class Comparison:
 
     Args:
         speedup: The headline.
-        interval: The 95 % interval of its factor; None with fewer than two seeds, or if it is a bound.
+        interval: The 95 % interval of its factor; None with fewer than two seeds, if it is a bound, or if in more than
+            5 % of the resamples the curves did not overlap.
         resamples: How many resamples of the seeds there were.
         apart: In how many of them the curves did not overlap. They have no part in the interval.
         qualities: A grid over the range that both have; empty where there is none.
@@ -217,7 +218,7 @@ def compare(
         weights.append(count)
     low, high = _band(np.array(rows).reshape(len(rows), len(qualities)), weights, resamples)
     interval = None
-    if found and not speedup.bound:
+    if found and not speedup.bound and apart <= (1 - SHARE) * resamples:
         ends = np.quantile(np.repeat(found, weights), _ENDS)
         interval = (float(ends[0]), float(ends[1]))
     factors = speedups(one, other, qualities)

@@ -159,9 +159,10 @@ def notes(comparison: Comparison) -> str:
         return ''
     if not comparison.resamples:
         return 'one seed: no interval'
-    said = [f'in {comparison.apart} of {comparison.resamples} resamples the curves do not overlap'] * bool(
-        comparison.apart
-    )
+    said = []
+    if comparison.apart:
+        too_many = ', too many for an interval' if comparison.interval is None else ''
+        said = [f'in {comparison.apart} of {comparison.resamples} resamples the curves do not overlap{too_many}']
     if comparison.interval and comparison.interval[0] <= 1 <= comparison.interval[1]:
         said.append('no difference that these seeds can tell')
     return '; '.join(said)

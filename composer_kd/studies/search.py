@@ -25,6 +25,8 @@ _DEFAULTS = {'sampler': 'tpe_sampler', 'pruner': 'nop_pruner'}
 _SEED = 17
 _OUTCOMES = {'RUNNING': 'running', 'COMPLETE': 'finished', 'PRUNED': 'pruned', 'FAIL': 'failed'}
 _KEPT = 'composer_kd:study'  # under which a trial keeps what its sampler noted down for all trials
+_KNOWN = 'composer_kd:known'  # under which it keeps which runs had been finished when it was proposed
+_METRIC = 'composer_kd:metric'  # under which a database keeps what its values are of
 
 
 class Search:
@@ -43,23 +45,37 @@ class Search:
 
     def __init__(self, study: Study, arm: str):
         optuna = _optuna(study)
+        from sqlalchemy import make_url
+
         self._file = study
         self._space, self._sampler, self._pruner = checked(study)
         url = study.value(('storage',), f'sqlite:///{study.folder / f"{arm}.db"}')
         self._name, self._direction = f'{study.name}-{arm}', 'maximize' if study.goal == 'max' else 'minimize'
+        shown = 'of this URL'
         try:
+            shown = make_url(url).render_as_string(hide_password=True)
             self._storage = optuna.storages.RDBStorage(url)
         except Exception as error:  # of any of the libraries that lie between here and the database
-            raise study.error(('storage',), f'cannot open the database {url}: {error}', 1) from error
+            raise study.error(('storage',), f'cannot open the database {shown}: {error}', 1) from error
         self._open()
         todo = 'choose another name for the study, or delete it'
+        trials = self._study.get_trials()
+        if not trials:
+            self._study.set_user_attr(_METRIC, study.metric)
         if self._study.direction.name.lower() != self._direction:
-            raise study.error(('goal',), f'{url} holds a search with another goal; {todo}')
-        if any(trial.distributions != self._space for trial in self._study.get_trials()):
-            raise study.error(('search',), f'{url} holds a search over something else; {todo}')
+            raise study.error(('goal',), f'{shown} holds a search with another goal; {todo}')
+        if self._study.user_attrs.get(_METRIC) != study.metric:
+            raise study.error(('metric',), f'{shown} holds a search with another metric; {todo}')
+        if any(trial.distributions != self._space for trial in trials):
+            raise study.error(('search',), f'{shown} holds a search over something else; {todo}')
 
-    def proposed(self, number: int) -> FrozenTrial:
-        """The trial of a number, up to that of those that there are; its settings are its `params`."""
+    def proposed(self, number: int, finished: Sequence[str] = ()) -> FrozenTrial:
+        """The trial of a number, up to that of those that there are; its settings are its `params`.
+
+        Args:
+            number: The number.
+            finished: The names of runs that are finished, for `known` if this trial is a new one.
+        """
         import optuna
 
         trials = self._study.get_trials()
@@ -77,7 +93,10 @@ class Search:
                 study_name=self._name, storage=memory, sampler=self._sampler(**seed), pruner=self._pruner
             )
             asked = copy.ask(self._space)
-        noted = copy.get_trials()[number].system_attrs | {_KEPT: memory.get_study_system_attrs(key)}
+        noted = copy.get_trials()[number].system_attrs | {
+            _KEPT: memory.get_study_system_attrs(key),
+            _KNOWN: [*finished],
+        }
         self._study.add_trial(
             optuna.trial.create_trial(
                 state=optuna.trial.TrialState.RUNNING,
@@ -87,6 +106,13 @@ class Search:
             )
         )
         return self._study.get_trials()[number]
+
+    def known(self, number: int) -> list[str]:
+        """The runs that were finished when a trial was proposed, which is all that its own run may learn from.
+
+        One that failed then, and was run again since, is not among them: the run's recipe has to stay what it was.
+        """
+        return self._study.get_trials(deepcopy=False)[number].system_attrs[_KNOWN]
 
     def outcome(self, number: int) -> str:
         """What has become of a trial: `running`, `finished`, `pruned` or `failed`."""
@@ -131,18 +157,15 @@ class Search:
 
     def run_failed_again(self) -> None:
         """Have trials that failed run once more, under their own numbers."""
-        import optuna
-        from optuna.trial import TrialState
+        from sqlalchemy import text
 
-        trials = self._study.get_trials()
-        if not any(trial.state == TrialState.FAIL for trial in trials):
-            return
-        for trial in trials:
-            if trial.state == TrialState.FAIL:
-                trial.state, trial.datetime_complete = TrialState.RUNNING, None
-        optuna.delete_study(study_name=self._name, storage=self._storage)
-        self._open()
-        self._study.add_trials(trials)
+        # Optuna changes no trial that has ended. In its table this is one step, which is done or not, whenever it ends.
+        changed = (
+            "UPDATE trials SET state = 'RUNNING', datetime_complete = NULL WHERE state = 'FAIL' AND study_id = :id"
+        )
+        with self._storage.engine.begin() as connection:
+            connection.execute(text(changed), {'id': self._storage.get_study_id_from_name(self._name)})
+        self._open()  # for it remembers trials that have ended
 
     def _open(self) -> None:
         import optuna

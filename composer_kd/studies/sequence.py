@@ -103,30 +103,40 @@ class _Driver:
         if search and self._retry:
             search.run_failed_again()
         finished: list[Predecessor] = []
-        before, rows = self._rows, []
+        done, rows = self._rows, []
         for number in range(len(self._plan.steps)):
             if rows and rows[-1]['status'] == 'failed' and not search:
                 self._not_started += [f'{arm.name}-{later}' for later in range(number, len(self._plan.steps))]
                 break
-            proposed = search.proposed(number).params if search else {}
-            cell, taught = step_cell(self._plan, arm, number, proposed, finished)
+            proposed, teachers = {}, finished
+            if search:
+                proposed = search.proposed(number, [run.cell.name for run in finished]).params
+                teachers = [run for run in finished if run.cell.name in search.known(number)]
+            cell, taught = step_cell(self._plan, arm, number, proposed, teachers)
             if number == 1 and (text := hint(arm, cell)):
                 print(text, flush=True)
             row = self._trial(search, cell, taught) if search else self._step(cell, taught)
             rows.append(row)
-            self._rows = [*before, *with_costs(rows, self._study.metric, self._study.goal)]
-            if cell.name not in self._before:
-                write_rows(self._study.folder, self._rows)
+            self._rows = [*done, *with_costs(rows, self._study.metric, self._study.goal)]
+            if self._rows[-1] != self._before.get(cell.name):
+                write_rows(self._study.folder, [*self._rows, *self._still_to_come()])
             value = quality(row, self._study.metric)
             if row['status'] == 'finished' and value is not None and (summary := cell.finished()):
                 finished.append(Predecessor(cell, value, cell.folder / summary['checkpoint']))
 
+    def _still_to_come(self) -> list[dict[str, Any]]:
+        """The rows that there were before, of the runs that are not looked at yet."""
+        looked_at = {*self._not_started, *(row['cell'] for row in self._rows)}
+        names = [f'{arm.name}-{number}' for arm in self._plan.arms for number in range(len(self._plan.steps))]
+        return [self._before[name] for name in names if name in self._before and name not in looked_at]
+
     def _step(self, cell: Cell, taught: Lesson) -> dict[str, Any]:
         """The row of a step that is no trial, once it is done."""
         before = self._before.get(cell.name)
-        if before and before['status'] == 'failed' and before['command'] == cell.command and not self._retry:
+        is_known = before and before['status'] == 'failed' and before['command'] == cell.command
+        if is_known and not self._retry and not cell.finished():
             print(f'{cell.name}  failed before; --retry starts it again', flush=True)
-            return before
+            return self._before[cell.name]
         self._run(cell, taught, lambda: False)
         return self._row(cell)
 
@@ -182,7 +192,7 @@ class _Driver:
 
     def _row(self, cell: Cell) -> dict[str, Any]:
         """The row of a run that has ended."""
-        metric, known = self._study.metric, cell.name in self._before
+        metric, known = self._study.metric, self._before.get(cell.name, {}).get('status') == 'finished'
         problem = 'it ended, but is not finished'
         try:
             summary = cell.finished()

@@ -35,9 +35,14 @@ def write(text: str, recipe: str = RECIPE, name: str = 's.yaml') -> Path:
 
 
 class Jobs:
-    """Stands in for `composer_kd.jobs.Jobs`: a run is over as soon as it is started."""
+    """Stands in for `composer_kd.jobs.Jobs`: a run is over as soon as it is started.
+
+    Runs in `broken` fail, and `stopped` is Ctrl-C.
+    """
 
     started: list[list[str]] = []
+    broken: set[str] = set()
+    stopped: str | None = None
 
     def __init__(self, *_):
         self._ended: list[SimpleNamespace] = []
@@ -50,8 +55,12 @@ class Jobs:
 
     def start(self, arguments, log):
         Jobs.started.append([*arguments])
+        if log.stem == Jobs.stopped:
+            raise KeyboardInterrupt
         with log.open('a') as file:
             try:
+                if log.stem in Jobs.broken:
+                    raise RecipeError('there is no room left')
                 run(arguments[0], arguments[1:])
             except RecipeError as error:
                 file.write(f'{error}\n')

@@ -209,8 +209,13 @@ def test_resamples_in_which_the_curves_do_not_overlap_are_counted():
     one = runs({1: {1: (1, 0.0), 2: (1, 0.0)}, 2: {1: (2, 0.0), 2: (2, 1.0)}})
     other = runs({1: {3: (1, 0.4), 4: (1, 0.4)}})
     found = compare(one, other, resamples=1000)
-    assert found.resamples == 1000 and found.interval is not None
+    assert found.resamples == 1000 and found.speedup.bound is None
     assert 200 < found.apart < 300  # one in four draws the first seed twice
+    assert found.interval is None  # 95 % of the rest is not 95 %
+
+    one = runs({1: {s: (1, 0.0) for s in range(5)}, 2: {s: (2, float(s > 0)) for s in range(5)}})
+    found = compare(one, other, resamples=1000)
+    assert 0 < found.apart < 50 and found.interval is not None  # few draw the first one four times
 
 
 def test_one_seed_has_no_interval():

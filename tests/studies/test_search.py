@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import random
 from pathlib import Path
@@ -107,10 +108,14 @@ def test_the_pruner_ends_what_falls_behind(study, goal, bad):
     assert [search.outcome(number) for number in range(3)] == ['finished', 'finished', 'pruned']
 
 
-def test_trials_that_failed_run_again_under_their_numbers(study):
+def test_trials_that_failed_run_again_under_their_numbers(study, monkeypatch):
+    monkeypatch.setattr('optuna.delete_study', None)  # there is no moment at which a trial is not there
     search = Search(study(), 'a')
     params = go_on(search, 0, 5)
+    Search(study(), 'b').proposed(0)
+    Search(study(), 'b').tell(0, 'failed')
     search.run_failed_again()
+    assert Search(study(), 'b').outcome(0) == 'failed'
     outcomes = ['finished', 'finished', 'running', 'pruned', 'finished']
     assert [search.outcome(number) for number in range(5)] == outcomes
     assert [search.proposed(number).params for number in range(5)] == params
@@ -148,7 +153,14 @@ MISTAKES = {
     'argument': (SPACE + 'sampler: {name: tpe, sed: 1}\n', "s.yaml:8: sampler.sed: TPESampler has no argument 'sed'"),
     'pruner': (SPACE + 'pruner: {name: hyper}\n', "s.yaml:8: pruner.name: there is no pruner 'hyper'"),
     'range': (SPACE + 'pruner: {name: percentile_pruner, percentile: 200.0}\n', 's.yaml:8: pruner: '),
-    'storage': (SPACE + 'storage: nowhere\n', 's.yaml:8: storage: cannot open the database nowhere: '),
+    'storage': (
+        SPACE + 'storage: nowhere\n',
+        's.yaml:8: storage: cannot open the database of this URL: Could not parse',
+    ),
+    'folder': (
+        SPACE + 'storage: sqlite:///no/s.db\n',
+        'storage: cannot open the database sqlite:///no/s.db: (sqlite3.',
+    ),
 }
 
 
@@ -161,9 +173,18 @@ def test_mistakes_are_one_line(study, mistake):
     assert '\n' not in str(caught.value)
 
 
+def test_no_password_is_shown(study):
+    with pytest.raises(RecipeError, match=r'cannot open the database nonesuch://me:\*\*\*@there/db: ') as caught:
+        Search(study('storage: nonesuch://me:secret@there/db\n'), 'a')
+    assert 'secret' not in str(caught.value)
+
+
 def test_a_database_of_another_search_is_not_gone_on_with(study):
     Search(study(), 'a').proposed(0)
     with pytest.raises(RecipeError, match=r's\.yaml:2: goal: sqlite:.*a\.db holds a search with another goal'):
         Search(study(goal='min'), 'a')
+    other = dataclasses.replace(study(), metric='y')
+    with pytest.raises(RecipeError, match=r's\.yaml:1: metric: sqlite:.*a\.db holds a search with another metric'):
+        Search(other, 'a')
     with pytest.raises(RecipeError, match=r's\.yaml:3: search: .* holds a search over something else'):
         Search(study(space=SPACE.replace('128', '256')), 'a')

@@ -3,7 +3,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -11,20 +10,13 @@ from pathlib import Path
 import pytest
 from sequences import HEAD, METRIC, RECIPE, TAUGHT, Jobs, without_seconds, write
 
-from composer_kd.recipes import RecipeError
+from composer_kd.recipes import RecipeError, run
 from composer_kd.recipes.load import read
 from composer_kd.studies import sequence as module
 from composer_kd.studies.rows import read_rows
 from composer_kd.studies.sequence import check_file, sequence
 
 YAMLS = sorted((Path(__file__).parents[2] / 'yamls' / 'sequences').glob('*.yaml'))
-
-DRIVER = """\
-import sys
-from composer_kd.cli import guarded
-from composer_kd.studies.sequence import sequence
-sys.exit(guarded(lambda: sequence(sys.argv[1]) and None))
-"""
 
 GATE = """\
 import time
@@ -47,6 +39,8 @@ class Gate(Callback):
 def in_process(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(module, 'Jobs', Jobs)
+    monkeypatch.setattr(Jobs, 'broken', set())
+    monkeypatch.setattr(Jobs, 'stopped', None)
     Jobs.started.clear()
     return Jobs
 
@@ -84,7 +78,7 @@ def test_a_chain_whose_runs_teach_the_next(in_process, capsys):
         row['arm'] for row in rows
     ]
     assert read('runs/s/study.yaml', 'study').config == {
-        **{'name': 's', 'kind': 'chain', 'metric': METRIC, 'goal': 'max', 'points': None}
+        **{'name': 's', 'kind': 'chain', 'metric': METRIC, 'goal': 'max', 'points': None, 'file': 's.yaml'}
     }
     assert without_seconds(sequence(file)) == without_seconds(rows)
     assert in_process.names() == []
@@ -188,35 +182,96 @@ def test_a_search_goes_on_without_what_failed(in_process):
     assert in_process.names() == bad
 
 
-@pytest.mark.parametrize('kind', HEAD)
-def test_killed_at_any_moment(in_process, kind, tmp_path):
-    """Killed together with the run that is at work; the driver alone is killed below."""
-    write(HEAD[kind] + TAUGHT)
-    whole = without_seconds(sequence('s.yaml'))
-    Path('runs').rename('whole')
-    numbers = random.Random(kind)
-    kills = 0
-    while True:
-        child = os.fork()
-        if child == 0:
-            code = 1
-            try:
+def test_what_failed_in_a_search_and_is_run_again_teaches_none_of_those_that_ran_without_it(in_process):
+    file = write(HEAD['search'] + TAUGHT.replace('last', 'all'))
+    in_process.broken |= {'with-1', 'with-3'}
+    with pytest.raises(RecipeError, match=r'^failed: with-1, with-3; '):
+        sequence(file)
+    first = read_rows(Path('runs/s'))
+    assert in_process.names() == ['with-0', 'with-1', 'with-2', 'with-3']
+
+    in_process.broken.clear()
+    in_process.stopped = 'with-3'
+    with pytest.raises(KeyboardInterrupt):
+        sequence(file, retry=True)
+    assert in_process.names() == ['with-1', 'with-3']
+    rows = read_rows(Path('runs/s'))
+    assert [row['status'] for row in rows] == ['finished', 'finished', 'finished', 'failed']
+    assert rows[2]['command'] == first[2]['command'] and rows[3] == first[3]
+
+    in_process.stopped = None
+    rows = sequence(file)
+    assert in_process.names() == ['with-3']
+    assert [row['command'] for row in rows] == [row['command'] for row in first]
+    assert sequence(file) == read_rows(Path('runs/s')) == rows and in_process.names() == []
+
+    file.write_text(file.read_text().replace('trials: 4', 'trials: 5'))
+    rows = sequence(file)
+    taught = [[entry['runs'][-1] for entry in row['config'].get('teachers', [])] for row in rows]
+    assert taught == [[], ['0'], ['0'], ['0', '2'], ['0', '1', '2', '3']]  # a new one learns from all that are there
+    assert in_process.names() == ['with-4']
+
+
+def test_rows_of_arms_that_are_still_to_be_looked_at_are_kept(in_process):
+    file = write(HEAD['chain'].replace('3', '2') + 'arms: {b: {}}\n')
+    in_process.broken |= {'b-1'}
+    with pytest.raises(RecipeError, match=r'^failed: b-1; '):
+        sequence(file)
+    before = read_rows(Path('runs/s'))
+    file.write_text(file.read_text().replace('{b: {}}', '{a: {}, b: {}}'))
+    in_process.stopped = 'a-1'
+    with pytest.raises(KeyboardInterrupt):
+        sequence(file)
+    rows = read_rows(Path('runs/s'))
+    assert [row['cell'] for row in rows] == ['a-0', 'b-0', 'b-1'] and rows[1:] == before
+    in_process.stopped = None
+    in_process.names()
+    with pytest.raises(RecipeError, match=r'^failed: b-1; '):
+        sequence(file)
+    assert in_process.names() == ['a-1']  # what failed is not tried again
+    run('small.yaml', before[1]['command'][1:])  # by hand
+    assert [row['status'] for row in sequence(file)] == ['finished'] * 4 and in_process.names() == []
+
+
+def fork(out=os.devnull):
+    """Start a driver as a process of its own, which need not import everything anew."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            with Path(out).open('w') as sys.stdout:
                 sequence('s.yaml')
                 code = 0
-            finally:
-                os._exit(code)
-        end = time.monotonic() + numbers.uniform(0.1, 1 + kills)
+        finally:
+            os._exit(code)
+    return child
+
+
+def kill(child):
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+
+
+@pytest.mark.parametrize('kind', HEAD)
+def test_killed_at_any_moment(in_process, kind):
+    """Killed together with the run that is at work; the driver alone is killed below."""
+    write(HEAD[kind] + TAUGHT)
+    start = time.monotonic()
+    whole = without_seconds(sequence('s.yaml'))
+    took = time.monotonic() - start
+    Path('runs').rename('whole')
+    numbers, kills = random.Random(kind), 0
+    for _ in range(4):
+        child, end = fork(), time.monotonic() + numbers.uniform(0, 0.7 * took)
         while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < end:
             time.sleep(0.01)
         if ended != (0, 0):
             assert ended[1] == 0
             break
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+        kill(child)
         kills += 1
     assert kills
-    assert without_seconds(read_rows(Path('runs/s'))) == whole
-    assert without_seconds(sequence('s.yaml')) == whole
+    assert without_seconds(sequence('s.yaml')) == without_seconds(read_rows(Path('runs/s'))) == whole
 
 
 def test_runs_that_fall_behind_end_early_and_a_driver_that_is_killed(tmp_path, monkeypatch):
@@ -227,28 +282,22 @@ def test_runs_that_fall_behind_end_early_and_a_driver_that_is_killed(tmp_path, m
     text = HEAD['search'].replace('trials: 4', 'trials: 2')
     write(text + 'pruner: {name: threshold_pruner, lower: 2.0, n_warmup_steps: 1}\narms: {a: {}}\n', recipe)
 
-    def start():
-        return subprocess.Popen([sys.executable, '-c', DRIVER, 's.yaml'], stdout=subprocess.PIPE, text=True)
-
     def wait_until(happened):
         end = time.monotonic() + 200
         while not happened():
             assert time.monotonic() < end
             time.sleep(0.05)
 
-    first = start()
+    first = fork('first.out')
     wait_until(lambda: Path('stopped').exists())
-    first.kill()
-    first.communicate()
-    again = start()
-    assert again.stdout is not None
-    assert 'a-0  waiting for another process' in again.stdout.readline()
+    kill(first)
+    again, out = fork('again.out'), Path('again.out')
+    wait_until(lambda: out.exists() and 'a-0  waiting for another process' in out.read_text())
     Path('go').touch()  # the run ends, and is judged by what it had found after two epochs
-    assert 'a-0  ended early' in again.stdout.readline()
+    wait_until(lambda: 'a-0  ended early' in out.read_text())
     Path('go').unlink()  # the other one is ended as it waits behind its second epoch
-    out, _ = again.communicate(timeout=200)
-    assert again.returncode == 0
-    assert 'a-1  ended early' in out
+    wait_until(lambda: (ended := os.waitpid(again, os.WNOHANG)) != (0, 0) and not ended[1])
+    assert 'a-1  ended early' in out.read_text()
     rows = read_rows(Path('runs/s'))
     assert [(row['status'], row['batches'], row['best_so_far']) for row in rows] == [('pruned', 8, None)] * 2
     assert all(row['train_seconds'] > 0 and 0 < row['metrics'][METRIC] < 1 for row in rows)
@@ -320,6 +369,10 @@ MISTAKES = {
     ),
     'trials': (HEAD['search'].replace('trials: 4', 'trials: 0') + A, 's.yaml:4: trials: must be the number of trials'),
     'stages': (HEAD['continual'].replace('values: [64, 96, 128]', 'value: 3') + A, 's.yaml:4: stages: must be {key: '),
+    'stage list': (
+        HEAD['continual'].replace('key: train_data.subset', 'key: [train_data.subset]') + A,
+        's.yaml:4: stages: must be {key: train_data.subset, values: [...]}',
+    ),
     'stage': (HEAD['continual'].replace('subset', 'subst') + A, 's.yaml:4: train_data.subst: digits has no argument'),
     'start': (
         HEAD['continual'] + 'arms:\n  a: {start: hot}\n',

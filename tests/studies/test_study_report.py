@@ -93,7 +93,12 @@ def test_resamples_without_overlap_are_counted(tmp_path):
         row('baseline', s, q, 2, settings={'max_duration': '2ep'}) for s, q in ((1, 0.0), (2, 1.0))
     ]
     rows += curve('kd', {'1ep': (1, 0.4)}, seeds=(3, 4))
-    assert re.search(r'in \d\d\d of 2000 resamples the curves do not overlap', said(study(tmp_path, rows)))
+    folder = study(tmp_path, rows)
+    report([folder])
+    for name in ('report.md', 'report.html'):
+        text = (folder / name).read_text()
+        assert re.search(r'in \d\d\d of 2000 resamples the curves do not overlap, too many for an interval', text)
+        assert '95 % interval 0' not in text
 
 
 def test_of_several_methods_the_quickest_is_named_and_how_many_there_were(tmp_path):
