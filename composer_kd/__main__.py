@@ -1,6 +1,6 @@
 """`python -m composer_kd FILE [key=value ...]`, and where the launcher hook leads: `python FILE [key=value ...]`.
 
-`composer -n 2 -m composer_kd record FILE` is `composer-kd record FILE` on two ranks.
+With a command for FILE it is `composer-kd`; `composer -n 2 -m composer_kd record FILE` records on two ranks.
 """
 
 import sys
@@ -14,9 +14,9 @@ def run_script() -> None:
 
 
 if __name__ == '__main__':
-    if sys.argv[1:2] == ['record']:
-        from composer_kd.cli import main
+    from composer_kd.cli import COMMANDS, main
 
+    if sys.argv[1:2] and sys.argv[1] in COMMANDS:
         sys.exit(main())
     if len(sys.argv) < 2 or sys.argv[1].startswith('-'):
         sys.exit('usage: python -m composer_kd FILE [key=value ...]')

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 
+COMMANDS = ('check', 'export', 'glue', 'record', 'sweep', 'sequence', 'report')
 SECONDS_FOR_THREADS = 0.1
 SECONDS_FOR_RANK_ZERO = 20  # to say what is wrong, before another rank does
 

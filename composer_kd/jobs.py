@@ -3,9 +3,7 @@
 import fcntl
 import os
 import signal
-import socket
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -16,9 +14,10 @@ from typing import BinaryIO
 import torch
 from typing_extensions import Self
 
+from composer_kd.interrupts import Interrupts
+from composer_kd.launching import launching
 from composer_kd.recipes.load import RecipeError
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _SECONDS_BETWEEN_LOOKS = 0.2
 _SECONDS_TO_END = 10
 _TAIL = 12  # lines of a log to show
@@ -27,7 +26,7 @@ _BYTES_OF_TAIL = 1 << 16
 
 @dataclass(eq=False)
 class Job:
-    """Composer's launcher at work on something, with all processes that it started."""
+    """A rank at work on something, or Composer's launcher of several, with all processes that it started."""
 
     process: subprocess.Popen
     log: Path
@@ -43,7 +42,8 @@ class Jobs:
     """Up to so many jobs at the same time.
 
     Used as a context, it ends all of them when it is left: they are asked to end, and killed if they do not. SIGINT,
-    SIGTERM and SIGHUP become a KeyboardInterrupt meanwhile.
+    SIGTERM and SIGHUP become a KeyboardInterrupt meanwhile. When what was started for a job has ended, so has all that
+    it started.
 
     A job has its log locked for as long as any process of it lives. So a job that outlives its context, because that
     was killed, is never started twice.
@@ -56,7 +56,8 @@ class Jobs:
         running: The jobs at work.
 
     Raises:
-        RecipeError: Either is less than 1, or there are fewer GPUs than a job is to have.
+        RecipeError: Either is less than 1, or there are fewer GPUs than a job is to have, or than jobs of
+            several are to have.
     """
 
     def __init__(self, jobs: int | None = None, gpus_per_job: int | None = None):
@@ -66,23 +67,23 @@ class Jobs:
         self._gpus = _gpus()
         if gpus_per_job is not None and gpus_per_job > max(1, len(self._gpus)):
             raise RecipeError(f'--gpus-per-job {gpus_per_job}: there are only {len(self._gpus)} GPUs here')
+        if jobs and gpus_per_job and jobs * gpus_per_job > len(self._gpus) and gpus_per_job > 1:
+            todo = 'give less of either, since jobs of several GPUs share none'
+            raise RecipeError(f'--jobs {jobs} --gpus-per-job {gpus_per_job}: there are {len(self._gpus)} GPUs; {todo}')
         self._gpus_per_job = gpus_per_job or max(1, len(self._gpus) // (jobs or 1))
         self._slots = jobs or max(1, len(self._gpus) // self._gpus_per_job)
         self._free = list(range(self._slots))
         self.running: list[Job] = []
-        self._handlers: list = []
-        self._is_starting = self._is_interrupted = False
+        self._interrupts = Interrupts()
 
     def __enter__(self) -> Self:
-        self._handlers = [signal.signal(number, self._interrupt) for number in _SIGNALS]
+        self._interrupts.__enter__()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        for number in _SIGNALS:
-            signal.signal(number, signal.SIG_IGN)  # until all have ended
+    def __exit__(self, *error: object) -> None:
+        self._interrupts.ignore()
         self.end(*self.running)
-        for number, handler in zip(_SIGNALS, self._handlers, strict=True):
-            signal.signal(number, handler)
+        self._interrupts.__exit__(*error)
 
     @property
     def free(self) -> int:
@@ -100,31 +101,30 @@ class Jobs:
             The job; None if an earlier one with this log is still at work.
         """
         log.parent.mkdir(parents=True, exist_ok=True)
-        launcher = [sys.executable, '-m', 'composer', '-n', str(self._gpus_per_job), '--master_port', str(_free_port())]
+        command, more = launching(arguments, self._gpus_per_job)
         with log.open('ab') as file:
             if not _lock(file):
                 return None
-            self._is_starting = True
-            try:
+            with self._interrupts.held():
                 process = subprocess.Popen(
-                    [*launcher, *arguments],
+                    command,
                     stdout=file,
                     stderr=subprocess.STDOUT,
-                    env=self._environment(self._free[0]),
+                    env=self._environment(self._free[0]) | more,
                     start_new_session=True,  # so that all of it can be ended at once
                 )
                 job = Job(process, log, self._free.pop(0))
                 self.running.append(job)
-            finally:
-                self._is_starting = False
-        if self._is_interrupted:
-            raise KeyboardInterrupt
         return job
 
     def ended(self) -> list[Job]:
         """The jobs that have ended since this was asked last, after a short while."""
         time.sleep(_SECONDS_BETWEEN_LOOKS)
-        return [self._settled(job) for job in [*self.running] if job.process.poll() is not None]
+        over = [job for job in self.running if job.process.poll() is not None]
+        for job in over:
+            job.send(signal.SIGKILL)  # a launcher that was killed leaves its ranks at work
+            self._settle(job)
+        return over
 
     def end(self, *jobs: Job) -> None:
         """End jobs before their time."""
@@ -136,12 +136,11 @@ class Jobs:
                 time.sleep(_SECONDS_BETWEEN_LOOKS)
             job.send(signal.SIGKILL)
             job.process.wait()
-            self._settled(job)
+            self._settle(job)
 
-    def _settled(self, job: Job) -> Job:
+    def _settle(self, job: Job) -> None:
         self.running.remove(job)
         self._free.append(job.slot)
-        return job
 
     def _environment(self, slot: int) -> dict[str, str]:
         environment = dict(os.environ)
@@ -153,11 +152,6 @@ class Jobs:
             environment.setdefault('OMP_NUM_THREADS', str(max(1, (os.cpu_count() or 1) // self._slots)))
         return environment
 
-    def _interrupt(self, *_: object) -> None:
-        self._is_interrupted = True
-        if not self._is_starting:
-            raise KeyboardInterrupt
-
 
 def is_at_work(log: Path) -> bool:
     """Whether a job with this log is at work, whoever started it."""
@@ -168,7 +162,9 @@ def is_at_work(log: Path) -> bool:
 
 
 def tail(log: Path) -> str:
-    """The last lines of a log."""
+    """The last lines of a log, none of one that is gone."""
+    if not log.is_file():
+        return ''
     with log.open('rb') as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - _BYTES_OF_TAIL))
@@ -192,9 +188,3 @@ def _gpus() -> list[str]:
     visible = [name for name in os.environ.get('CUDA_VISIBLE_DEVICES', '').split(',') if name.strip()]
     count = torch.cuda.device_count()
     return visible[:count] if visible else [str(index) for index in range(count)]
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(('127.0.0.1', 0))
-        return probe.getsockname()[1]

@@ -63,6 +63,9 @@ def test_version_and_usage(capsys):
     with pytest.raises(SystemExit, match='0'):
         cli.main(['--version'])
     assert capsys.readouterr().out == f'composer-kd {version("composer-kd")}\n'
+    with pytest.raises(SystemExit, match='0'):
+        cli.main(['--help'])
+    assert f'{{{",".join(cli.COMMANDS)}}}' in capsys.readouterr().out
     with pytest.raises(SystemExit, match='2'):
         cli.main([])
     assert 'usage: composer-kd' in capsys.readouterr().err
@@ -159,6 +162,11 @@ def test_module(capsys, monkeypatch):
         runpy.run_module('composer_kd', run_name='__main__')
     assert done.value.code == 2
     assert capsys.readouterr().err == 'good.yaml:1: there is no teacher to record; add a `teachers` section\n'
+    monkeypatch.setattr(sys, 'argv', ['composer_kd', 'sweep', 'no.yaml'])
+    with pytest.raises(SystemExit) as done:
+        runpy.run_module('composer_kd', run_name='__main__')
+    assert done.value.code == 2
+    assert capsys.readouterr().err == 'no.yaml: cannot read the sweep: No such file or directory\n'
     for arguments in ([], ['--help']):
         monkeypatch.setattr(sys, 'argv', ['composer_kd', *arguments])
         with pytest.raises(SystemExit) as done:

@@ -1,5 +1,6 @@
 """Jobs are real processes here, but for the launcher: another script takes its place, which starts in no time."""
 
+import json
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from composer.cli import launcher
 
 from composer_kd import jobs
 from composer_kd.jobs import Jobs, is_at_work, tail
@@ -75,8 +77,30 @@ def test_gpus(case, scripts, monkeypatch):
             assert processes.start(['pass'], Path(f'{index}.log'))
         assert processes.free == 0
     assert [env.get('CUDA_VISIBLE_DEVICES') for _, env in scripts] == visible
-    assert [command[command.index('-n') + 1] for command, _ in scripts] == [str(ranks)] * len(visible)
-    assert len({command[command.index('--master_port') + 1] for command, _ in scripts}) == len(visible)
+    if ranks > 1:
+        assert [command[command.index('-n') + 1] for command, _ in scripts] == [str(ranks)] * len(visible)
+        ports = [command[command.index('--master_port') + 1] for command, _ in scripts]
+    else:
+        assert [command[1:] for command, _ in scripts] == [['pass']] * len(visible)
+        ports = [env['MASTER_PORT'] for _, env in scripts]
+    assert len({*ports}) == len(visible)
+
+
+def test_one_rank_is_told_what_the_launcher_would_tell_it(monkeypatch):
+    Path('x.py').write_text('import json, os, sys; json.dump([sys.argv, dict(os.environ)], open("said", "w"))')
+    monkeypatch.setenv('FOLDER', 'there')
+    for name, value in (('OMP_NUM_THREADS', '1'), ('COLUMNS', '80'), ('LINES', '24')):  # the tests' own doing
+        monkeypatch.setenv(name, value)
+    arguments = ['x.py', 'a=$FOLDER', 'b=~', 'c=${seed}']
+    with Jobs() as processes:
+        processes.start(arguments, Path('x.log'))
+        wait_until(processes.ended)
+    words, ours = json.loads(Path('said').read_text())
+    monkeypatch.setattr(sys, 'argv', ['composer', '-n', '1', *arguments])
+    assert launcher.main() == 0
+    assert json.loads(Path('said').read_text())[0] == words == ['x.py', 'a=there', 'b=~', 'c=${seed}']
+    theirs = json.loads(Path('said').read_text())[1]
+    assert ours.pop('MASTER_PORT') != theirs.pop('MASTER_PORT') and ours == theirs
 
 
 def test_gpus_that_are_named(scripts, monkeypatch):
@@ -100,10 +124,15 @@ def test_cores_are_shared(scripts, monkeypatch):
     [
         ((0, None), '--jobs must be 1 or more, not 0'),
         ((None, -1), '--gpus-per-job must be 1 or more, not -1'),
-        ((None, 2), '--gpus-per-job 2: there are only 0 GPUs here'),
+        ((None, 5), '--gpus-per-job 5: there are only 4 GPUs here'),
+        (
+            (3, 2),
+            '--jobs 3 --gpus-per-job 2: there are 4 GPUs; give less of either, since jobs of several GPUs share none',
+        ),
     ],
 )
-def test_mistakes(given, message):
+def test_mistakes(given, message, monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 4)
     with pytest.raises(RecipeError, match=f'^{message}$'):
         Jobs(*given)
 
@@ -122,6 +151,7 @@ def test_a_job_has_a_log_and_an_exit_code(scripts):
 
 def test_the_end_of_a_long_log():
     Path('x.log').write_bytes(b'\xff\n' * 100_000 + b'last\n')
+    assert tail(Path('gone.log')) == ''
     assert tail(Path('x.log')).splitlines() == ['\ufffd'] * 11 + ['last']
 
 
@@ -132,14 +162,25 @@ child = 'import os, time; open("pid.tmp", "w").write(str(os.getpid())); os.renam
 subprocess.Popen([sys.executable, '-S', '-c', child])
 time.sleep(99)
 """
+OF_ITS_OWN = PARENT.replace('child])', 'child], start_new_session=True)')
+
+
+def test_what_is_left_of_a_job_is_ended(scripts):
+    """Where its first process alone is killed, it would have the GPUs of the next one."""
+    with Jobs() as processes:
+        job = processes.start([PARENT], Path('x.log'))
+        child = int(wait_until(lambda: Path('pid').exists() and Path('pid').read_text()))
+        os.kill(job.process.pid, signal.SIGKILL)
+        assert wait_until(processes.ended) == [job]
+        wait_until(lambda: not is_alive(child))
 
 
 def test_what_is_at_work_is_not_started_twice(scripts):
-    """Not even if its parent was killed, and the parent of that, too."""
+    """Not even if its parent is gone, and it has a session of its own."""
     log = Path('x.log')
     assert not is_at_work(log)
     with Jobs(2) as processes:
-        job = processes.start([PARENT], log)
+        job = processes.start([OF_ITS_OWN], log)
         assert is_at_work(log)
         assert processes.start(['pass'], log) is None and processes.free == 1
         child = int(wait_until(lambda: Path('pid').exists() and Path('pid').read_text()))
@@ -170,9 +211,35 @@ def test_one_that_is_to_end_ends(scripts, monkeypatch):
         assert processes.running == [other] and processes.free == 1
 
 
+@pytest.fixture
+def heeded():
+    """Has a signal heeded, which whoever started the tests may have ignored; the handler."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+
+    def heed(number):
+        signal.signal(number, signal.default_int_handler)
+        return signal.getsignal(number)
+
+    yield heed
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def test_a_signal_that_is_ignored_stays_so(scripts, heeded):
+    """As with nohup."""
+    heeded(signal.SIGHUP)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with Jobs() as processes:
+        job = processes.start(['import time; time.sleep(0.2)'], Path('x.log'))
+        os.kill(os.getpid(), signal.SIGHUP)
+        os.kill(job.process.pid, signal.SIGHUP)
+        assert wait_until(processes.ended) == [job] and job.process.returncode == 0
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+
+
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize('moment', ['while it is at work', 'while it is started'])
-def test_a_signal_ends_all(number, moment, monkeypatch):
+def test_a_signal_ends_all(number, moment, heeded, monkeypatch):
     def start(command, **more):
         process = POPEN([sys.executable, '-S', '-c', command[-1]], **more)
         started.append(process)
@@ -182,7 +249,7 @@ def test_a_signal_ends_all(number, moment, monkeypatch):
 
     started = []
     monkeypatch.setattr(subprocess, 'Popen', start)
-    before = signal.getsignal(number)
+    before = heeded(number)
     with pytest.raises(KeyboardInterrupt), Jobs(2) as processes:
         processes.start(['import time; time.sleep(99)'], Path('x.log'))
         os.kill(os.getpid(), number)
