@@ -32,6 +32,7 @@ _OF_A_TEACHER = {
     'checkpoint_sha256': str | None,
     'train_seconds': float | int,
     'teacher_training_seconds': float | int,
+    'metrics': dict,
 }
 
 

@@ -13,6 +13,9 @@ from composer_kd.recording.errors import RecordError
 SUMMARY = 'summary.json'
 SO_FAR = '.cost.json'
 
+_COST = {'seconds': float | int, 'teacher_forwards': int}
+_ABOUT = {'config': dict, 'views': int, 'teacher_training_seconds': float | int}
+
 
 class Cost:
     """Seconds and passes through the teacher so far, for the one who writes a record.
@@ -53,21 +56,24 @@ class Cost:
     def _found(self) -> dict[str, Any]:
         for path in (self._folder / SO_FAR, self._folder / SUMMARY):
             if path.is_file():
-                return read_summary(path)
+                return _read(path, _COST)
         return {}
 
 
 def read_summary(path: Path) -> dict[str, Any]:
-    """What lies in `summary.json` of a record, or in the notes.
+    """What lies in `summary.json` of a record.
 
     Raises:
         RecordError: It is damaged.
     """
+    return _read(path, _COST | _ABOUT)
+
+
+def _read(path: Path, kinds: Mapping[str, Any]) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding='utf-8'))
     except ValueError:
         found = None
-    kinds = {'seconds': float | int, 'teacher_forwards': int}
     if not isinstance(found, dict) or not all(isinstance(found.get(name), kind) for name, kind in kinds.items()):
         raise RecordError(f'{path} is damaged; delete it, and composer-kd record writes it anew')
     return found

@@ -87,7 +87,8 @@ class Cell:
             overrides: For the recipe.
             role: `student` or `teacher`.
             seed: The recipe's seed. Default: None, as the recipe says.
-            after: Cells that must be finished first; teachers that the recipe finds by a pattern may be among them.
+            after: Cells that must be finished first. A pattern for teachers in the recipe stands for those of these
+                cells that it matches, if there are any, whatever else lies there when the run begins.
             more: Other arguments of the class.
 
         Raises:
@@ -96,6 +97,7 @@ class Cell:
         ours = {'run_name': name, 'runs_dir': str(study.folder), 'autoresume': True}
         own = [*overrides, *([] if seed is None else [Override('seed', seed)])]
         own += [Override(key, value) for key, value in ours.items()]
+        own = _with_known_teachers(file, own, after)
         recipe, plan = _checked(file, own, after)
         command = [str(file), *map(str, own)]
         names = [cell.name for cell in after]
@@ -129,7 +131,7 @@ class Cell:
         Raises:
             RecipeError: The recipe or an override is wrong, or it has no teachers.
         """
-        own = [*overrides, Override('runs_dir', str(study.folder))]
+        own = _with_known_teachers(file, [*overrides, Override('runs_dir', str(study.folder))], after)
         recipe, plan = _checked(file, [*own, *([] if views is None else [views])], after)
         if not plan.teachers:
             raise recipe.error((), 'there is no teacher to record; add a `teachers` section')
@@ -237,33 +239,66 @@ class Cell:
             raise self.recipe.error((), str(error), 1) from error
 
 
+def _loaded(file: Path, overrides: Sequence[Override]) -> Recipe:
+    return load(file, [str(override) for override in overrides], [override.where for override in overrides])
+
+
+def _with_known_teachers(file: Path, overrides: Sequence[Override], after: Sequence[Cell]) -> list[Override]:
+    """Overrides that name each teacher among the cells before it, where a recipe has patterns for them.
+
+    So its run learns from these, whatever else a pattern would match by then, and is seen to be another one when they
+    are not the same any more.
+    """
+    teachers = _loaded(file, overrides).config.get('teachers')
+    if not isinstance(teachers, list):
+        return [*overrides]
+    known = [each for entry in teachers for each in _known(entry, after)]
+    if known == teachers:
+        return [*overrides]
+    where = [override.where for override in overrides if override.key.split('.')[0] == 'teachers']
+    others = [override for override in overrides if override.key.split('.')[0] != 'teachers']
+    return [Override('teachers', known, where[-1] if where else str(file)), *others]
+
+
+def _known(entry: Any, after: Sequence[Cell]) -> list[Any]:
+    """The teachers among the cells before that a pattern in a recipe stands for; the entry itself if there is none."""
+    if not isinstance(entry, dict):
+        return [entry]
+    source = 'runs' if 'runs' in entry else 'path'
+    pattern = entry.get(source)
+    if not isinstance(pattern, str):
+        return [entry]
+    found = [folder for cell in after for folder in _lessons(cell, source) if _matches(folder, pattern)]
+    return [{**entry, source: str(folder)} for folder in found] or [entry]
+
+
+def _lessons(cell: Cell, source: str) -> list[Path]:
+    """Folders of a cell that an entry of `teachers` may name as its `runs` or its `path`."""
+    if source == 'path':
+        return cell.records if cell.role == 'record' else []
+    return [] if cell.role == 'record' else [cell.folder]
+
+
 def _checked(file: Path, overrides: Sequence[Override], after: Sequence[Cell]) -> tuple[Recipe, Plan]:
     """A recipe as its run is to have it, and its plan."""
-    recipe = load(file, [str(override) for override in overrides], [override.where for override in overrides])
+    recipe = _loaded(file, overrides)
     teachers = recipe.config.get('teachers')
     trial = copy.deepcopy(recipe)
     if isinstance(teachers, list):
-        trial.config['teachers'] = [each for entry in teachers for each in _stand_ins(entry, after)]
+        trial.config['teachers'] = [_stand_in(entry, after) for entry in teachers]
     plan = check(trial)
     recipe.config |= {key: trial.config[key] for key in DEFAULTS}
     return recipe, plan
 
 
-def _stand_ins(entry: Any, after: Sequence[Cell]) -> list[Any]:
-    """The teachers that a pattern in a recipe will stand for, as far as that is known; the entry itself otherwise."""
-    if not isinstance(entry, dict):
-        return [entry]
-    source = 'runs' if 'runs' in entry else 'path'
-    pattern, rest = entry.get(source), {name: value for name, value in entry.items() if name != source}
-    if not isinstance(pattern, str):
-        return [entry]
-    found: list[Any] = []
-    for cell in after:
-        if source == 'path' and cell.role == 'record':
-            found += [{**rest, 'path': str(record)} for record in cell.records if _matches(record, pattern)]
-        elif source == 'runs' and cell.role != 'record' and _matches(cell.folder, pattern):
-            found.append({**rest, 'model': cell.recipe.config['model']})
-    return found or [entry]
+def _stand_in(entry: Any, after: Sequence[Cell]) -> Any:
+    """For a run that is not there yet, its model; the entry itself otherwise."""
+    if isinstance(entry, dict) and isinstance(entry.get('runs'), str):
+        for cell in after:
+            if cell.role != 'record' and _matches(cell.folder, entry['runs']):
+                rest = {name: value for name, value in entry.items() if name != 'runs'}
+                return {**rest, 'model': cell.recipe.config['model']}
+    return entry
 
 
 def _matches(folder: Path, pattern: str) -> bool:

@@ -60,6 +60,9 @@ class _Sweep:
             for name in names:
                 self._check_name(section, name)
                 study.mapping((section, name), keys)
+        for name in methods:
+            if type(given := study.value(('methods', name, 'baseline'), False)) is not bool:
+                raise study.error(('methods', name, 'baseline'), f'must be true or false, not {given!r}')
         baselines = [name for name in methods if study.value(('methods', name, 'baseline'))]
         if len(baselines) != 1:
             which = f', not {", ".join(baselines)}' if baselines else ''
@@ -86,7 +89,7 @@ class _Sweep:
             if method not in self._records:
                 self._records[method] = self._record(method, after)
             record = self._records[method]
-            pattern = record.out if len(record.records) == 1 else f'{record.out}/*'
+            pattern = record.out if len(record.records) == 1 else f'{record.out}/*'  # of which each is named in the end
             overrides.append(Override('teachers.0.path', str(pattern), study.source.where((*key, 'record'))))
             after = [*after, record]
         settings = {override.key: override.value for override in varied}

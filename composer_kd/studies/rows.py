@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from composer_kd.files import write
 from composer_kd.recipes.load import RecipeError
@@ -24,6 +24,7 @@ _TYPES = {
     'error': str | None,
     'arm': str | None,
     'step': int | None,
+    'versions': dict | None,
 }
 
 
@@ -59,7 +60,13 @@ def _row(path: Path, number: int, line: str) -> dict[str, Any]:
         row = json.loads(line)
     except ValueError:
         row = None
-    if not isinstance(row, dict) or not all(isinstance(row.get(name, ...), kind) for name, kind in _TYPES.items()):
+    if not _is_row(row):
         todo = f'delete {path}, and the command that made it writes it anew from what the runs have left'
         raise RecipeError(f'{path}:{number}: this is no whole row of results; {todo}', 1)
     return row
+
+
+def _is_row(row: Any) -> TypeGuard[dict[str, Any]]:
+    if not isinstance(row, dict) or not all(isinstance(row.get(name, ...), kind) for name, kind in _TYPES.items()):
+        return False
+    return all(isinstance(part, str) for part in row['command'])

@@ -169,11 +169,16 @@ class Study:
             RecipeError: It is the folder of something else.
         """
         path = self.folder / SETTINGS_FILE
-        before = read(path, 'settings of a study').config.get('kind') if path.is_file() else self.kind
+        found = read(path, 'settings of a study').config if path.is_file() else {}
+        before, file = found.get('kind', self.kind), found.get('file', self.source.path.name)
         if before != self.kind or (self.folder / 'recipe.yaml').exists():
             what = 'a run' if before == self.kind else f'a {before}'
             raise self.error(('name',), f'{self.folder} is the folder of {what}; choose another name')
+        if file != self.source.path.name:
+            todo = f'choose another name, or delete {path} if that file has a new one'
+            raise self.error(('name',), f'{self.folder} is the folder of the study in {file}; {todo}')
         settings = {name: getattr(self, name) for name in ('name', 'kind', 'metric', 'goal', 'points')}
+        settings['file'] = self.source.path.name
         write(path, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
 
     @contextmanager

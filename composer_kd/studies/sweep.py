@@ -50,6 +50,8 @@ def sweep(
     Raises:
         RecipeError: The sweep or a recipe is wrong, somebody else is at work on it, or a run failed.
     """
+    if slurm and launcher != 'slurm':
+        raise RecipeError(f'--slurm {slurm[0]}: is for --launcher slurm; add that, or leave it out')
     study, cells = read_sweep(file)
     if dry_run:
         print(_listing(cells))
@@ -77,6 +79,7 @@ class _Driver:
 
     def __init__(self, study: Study, cells: list[Cell], launcher: Launcher, retry: bool):
         self._study, self._cells, self._launcher = study, cells, launcher
+        self._before = read_rows(study.folder)
         self._rows = self._rows_before(retry)
         self._not_started: dict[str, str] = {}  # names, and what they would have waited for in vain
         self._running: list[Cell] = []
@@ -124,7 +127,7 @@ class _Driver:
 
     def _rows_before(self, retry: bool) -> dict[str, dict[str, Any]]:
         """The rows of what is finished, and of what failed and is not to be started again."""
-        failed = {row['cell']: row for row in read_rows(self._study.folder) if row['status'] == 'failed'}
+        failed = {row['cell']: row for row in self._before if row['status'] == 'failed'}
         rows = {}
         for cell in self._cells:
             before = failed.get(cell.name)
@@ -172,9 +175,9 @@ class _Driver:
         """Look what has become of a cell that has ended."""
         summary = None
         try:
-            summary = cell.finished() if problem is None else None
+            summary = cell.finished()  # even if its process ended badly after it had written all
         except RecipeError as error:
-            problem = str(error)
+            problem = problem or str(error)
         if summary is None:
             self._rows[cell.name] = cell.row(error=tail(cell.log))
             self._say(cell, f'failed ({problem or "it ended, but is not finished"}); {cell.log} ends so:')
@@ -197,6 +200,8 @@ class _Driver:
     def _say_before(self) -> None:
         if finished := sum(row['status'] == 'finished' for row in self._rows.values()):
             self._print(f'{finished} of {len(self._cells)} runs were finished before')
+        if gone := {row['cell'] for row in self._before} - {cell.name for cell in self._cells}:
+            self._print(f'{len(gone)} runs are not in the file any more: their rows go, their folders stay')
         for name, row in self._rows.items():
             if row['status'] == 'failed':
                 self._print(f'{name}  failed before; --retry starts it again')

@@ -35,7 +35,7 @@ def test_a_subset_is_the_first_of_them_and_mixed(subset, samples):
     assert samples == 1 or len(drawn.unique()) == 10
 
 
-@pytest.mark.parametrize('subset', [0, -5, 1.5, 0.0])
+@pytest.mark.parametrize('subset', [0, -5, 1, 1.5, 0.0])
 def test_a_subset_that_is_none(subset):
     with pytest.raises(ValueError, match=r'^subset') as caught:
         data.digits('train', 1, subset=subset)

@@ -1,7 +1,8 @@
 """Slurm's commands, as far as submitit uses them: arrays of jobs that really run, as processes of this machine.
 
 Installed under their own names in a folder on PATH. What they know lies in the folder $SLURM_STAND_IN: for each job a
-file of JSON, and in `calls.txt` all that was asked.
+file of JSON, and in `calls.txt` all that was asked. Where $SLURM_STAND_IN_TASK is set, a job does that in place of its
+own work.
 """
 
 import contextlib
@@ -65,6 +66,7 @@ def sbatch(file):
                 'state': 'PENDING',
                 'id': number + 1 + index if 'array' in options else number,
                 'nodes': int(options.get('nodes', 1)),
+                'name': options['job-name'],
             }
     # What sbatch leaves behind is no child of who asked, and does not hold its output.
     if os.fork() == 0:
@@ -125,6 +127,8 @@ def srun(*arguments):
             options[option] = rest.pop(0)
         elif not option.startswith('--'):
             command = [option, *rest]
+    if task := os.environ.get('SLURM_STAND_IN_TASK'):
+        command = ['sh', '-c', task]
     array, index = os.environ.get('SLURM_ARRAY_JOB_ID'), os.environ.get('SLURM_ARRAY_TASK_ID')
     job = os.environ['SLURM_STAND_IN_JOB']
     tasks = []
@@ -146,8 +150,10 @@ def sacct(*arguments):
             print(f'{job}|{facts["state"]}|localhost')
 
 
-def squeue(*_):
-    print(''.join(f'{job}\n' for job, facts in jobs().items() if facts['state'] in WAITING), end='')
+def squeue(*options):
+    names = [option.removeprefix('--name=') for option in options if option.startswith('--name=')]
+    found = {job: facts for job, facts in jobs().items() if facts['state'] in WAITING}
+    print(''.join(f'{job}\n' for job, facts in found.items() if not names or facts['name'] in names), end='')
 
 
 def scontrol(what, job):

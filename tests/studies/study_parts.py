@@ -36,7 +36,7 @@ def write_recipes(folder='recipes'):
 
 
 class ForkedLauncher:
-    """In place of `subprocess.Popen`: does what Composer's launcher would on one rank, in a forked process.
+    """In place of `subprocess.Popen`: does what is asked of Python, in a forked process.
 
     This one has imported everything, so that each lives for no longer than its work takes. It must not train: torch's
     threads do not survive a fork.
@@ -47,7 +47,7 @@ class ForkedLauncher:
         sys.stdout.flush()
         self.pid = os.fork()
         if not self.pid:
-            os._exit(self._work(command[command.index('--master_port') + 2 :], stdout.fileno(), env))
+            os._exit(self._work(command[1:], stdout.fileno(), env))
 
     def _work(self, arguments, log, env):
         from composer_kd import cli

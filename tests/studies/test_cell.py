@@ -46,6 +46,14 @@ def test_a_run(study):
     failed = cell.row(error='the end')
     assert failed.keys() == row.keys() and (failed['status'], failed['error']) == ('failed', 'the end')
 
+    whole = Path('runs/s/x/summary.json').read_text()
+    Path('runs/s/x/summary.json').write_text(json.dumps(summary | {'metrics': None}))
+    with pytest.raises(
+        RecipeError, match=r'runs/s/x/summary\.json is damaged; delete runs/s/x/summary\.json, and it is'
+    ):
+        cell.finished()
+    Path('runs/s/x/summary.json').write_text(whole)
+
     other = Cell.of_run(
         study, 'x', 'kd', Path('recipes/base.yaml'), [Override('optimizer.lr', 0.1, 's.yaml:9')], seed=3
     )
@@ -105,6 +113,12 @@ def test_records_of_two_teachers(study):
     changed = Cell.of_record(study, 'x-record', 'x', Path('recipes/kd.yaml'), [teachers, Override('optimizer.lr', 1.0)])
     assert changed.finished() is None
     check(changed.recipe)
-    (cell.records[1] / 'summary.json').write_text('{')
-    with pytest.raises(RecipeError, match=r'runs/s/records/x/1/summary\.json is damaged; delete it'):
-        cell.finished()
+    whole = parts[1]
+    for damaged in (
+        '{',
+        json.dumps({k: v for k, v in whole.items() if k != 'config'}),
+        json.dumps(whole | {'views': '2'}),
+    ):
+        (cell.records[1] / 'summary.json').write_text(damaged)
+        with pytest.raises(RecipeError, match=r'runs/s/records/x/1/summary\.json is damaged; delete it'):
+            cell.finished()

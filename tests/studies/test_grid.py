@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -107,7 +108,13 @@ def test_runs_that_others_wait_for():
     pool = cells['pool-seed6'].recipe.config
     assert (pool['max_duration'], pool['seed'], pool['train_data']['batch_size']) == ('1ba', 6, 32)
     # Its recipe is as it will be run, though none of its teachers is there yet.
-    assert cells['sampled-2ba-seed1'].recipe.config['teachers'][0]['runs'] == 'runs/s/pool-*'
+    # Each is named, so that no other one that the pattern matches teaches it, and none comes or goes unnoticed.
+    student = cells['sampled-2ba-seed1']
+    teachers = [{'name': 'network', 'runs': f'runs/s/pool-seed{seed}', 'dtype': 'float32'} for seed in (5, 6, 7)]
+    assert student.recipe.config['teachers'] == teachers
+    assert student.recipe.config['algorithms']['teacher_sampling'] == {'num_teachers': 2}
+    assert sum(word.startswith('teachers') for word in student.command) == 1
+    assert f'teachers={json.dumps(teachers)}' in student.command
 
 
 def test_a_record_is_made_first():
@@ -137,7 +144,8 @@ def test_a_record_of_several_teachers():
         + '  recorded:\n    recipe: recipes/recorded.yaml\n'
         + f'    record: {{recipe: recipes/kd.yaml, overrides: {{teachers: [{two}]}}}}\n'
     )
-    assert cells['recorded-2ba-seed1'].recipe.config['teachers'][0]['path'] == 'runs/s/records/recorded/*'
+    paths = [teacher['path'] for teacher in cells['recorded-2ba-seed1'].recipe.config['teachers']]
+    assert paths == ['runs/s/records/recorded/0', 'runs/s/records/recorded/1']
     assert len(cells['recorded-2ba-seed1'].plan.teachers) == 2
 
 
@@ -174,6 +182,10 @@ MISTAKES = {
     'two baselines': (
         '  kd: {recipe: recipes/kd.yaml, baseline: true}\n',
         's.yaml:6: methods: one method has `baseline: true`, not baseline, kd; the others are compared with it',
+    ),
+    'baseline': (
+        ('baseline: true', "baseline: 'false'"),
+        "s.yaml:7: methods.baseline.baseline: must be true or false, not 'f",
     ),
     'key of a method': (
         '  kd: {recipes: recipes/kd.yaml}\n',

@@ -29,6 +29,7 @@ ROW = {
     'error': None,
     'arm': None,
     'step': None,
+    'versions': {'torch': '2.7'},
 }
 
 
@@ -69,6 +70,8 @@ BROKEN = {
     'no row': lambda lines: [lines[0], '3'],
     'a value is missing': lambda lines: [lines[0], json.dumps({k: v for k, v in ROW.items() if k != 'seed'})],
     'of another kind': lambda lines: [lines[0], json.dumps(ROW | {'train_seconds': '1'})],
+    'a command of other kinds': lambda lines: [lines[0], json.dumps(ROW | {'command': [1]})],
+    'versions of another kind': lambda lines: [lines[0], json.dumps(ROW | {'versions': 'x'})],
     'empty line': lambda lines: [lines[0], ''],
 }
 

@@ -1,19 +1,24 @@
-"""Sweeps whose runs are jobs of Slurm, of which stand-ins of its commands really run all."""
+"""Jobs of Slurm, of which stand-ins of its commands really run all; in most, a script takes the place of Composer."""
 
+import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import slurm_stand_in
+from study_parts import POPEN, ForkedLauncher
 
 from composer_kd import cli
+from composer_kd.recipes import RecipeError
 from composer_kd.studies import slurm
 from composer_kd.studies.rows import read_rows
+from composer_kd.studies.slurm import SlurmLauncher
 
 RECIPE = """\
 seed: 3
@@ -24,24 +29,15 @@ eval_data: {name: digits, split: test, batch_size: 500}
 optimizer: {name: decoupled_sgdw, lr: 0.1}
 device: cpu
 """
-TAUGHT = f"""\
-{RECIPE}
-teachers: [{{name: network, recipe: teacher.yaml}}]
-algorithms: {{knowledge_distillation: {{}}}}
-"""
 SWEEP = """\
 metric: metrics/eval/MulticlassAccuracy
 grid: {max_duration: [1ep]}
 methods:
   baseline: {recipe: plain.yaml, baseline: true}
 """
-TAUGHT_SWEEP = f"""\
-{SWEEP}
-  kd: {{recipe: kd.yaml}}
-  lost: {{recipe: plain.yaml, overrides: {{train_data: {{name: fashion_mnist, split: train, batch_size: 8}}}}}}
-"""
+LOST = '  lost: {recipe: plain.yaml, overrides: {train_data: {name: fashion_mnist, split: train, batch_size: 8}}}\n'
 RUN = ('--launcher', 'slurm', '--slurm', 'timeout_min=1')
-DRIVER = [sys.executable, '-c', 'from composer_kd.cli import main; raise SystemExit(main())', 'sweep', 's.yaml', *RUN]
+SLEEPS = 'touch at-work; sleep 99'
 
 
 @pytest.fixture(autouse=True)
@@ -53,8 +49,9 @@ def cluster(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(slurm, '_SECONDS_BETWEEN_LOOKS', 0.2)
     monkeypatch.setattr(slurm, '_SECONDS_BETWEEN_QUESTIONS', 0.5)
-    for name, text in (('plain', RECIPE), ('teacher', RECIPE), ('kd', TAUGHT), ('s', SWEEP), ('taught', TAUGHT_SWEEP)):
-        Path(f'{name}.yaml').write_text(text)
+    Path('plain.yaml').write_text(RECIPE)
+    Path('s.yaml').write_text(SWEEP)
+    Path('runs/s').mkdir(parents=True)
     yield
     if active := [job for job, facts in slurm_stand_in.jobs().items() if facts['state'] in slurm_stand_in.WAITING]:
         subprocess.run(['scancel', *active], check=True)
@@ -78,24 +75,60 @@ def metrics(folder):
     }
 
 
-def test_a_sweep(capsys):
-    """Teachers first; of what fails, the log's end; and the rows are those of the local launcher."""
-    assert cli.main(['sweep', 'taught.yaml', *RUN]) == 1
+def cell(name, *arguments):
+    """As much of a cell as a launcher looks at; it is finished when a file of its name is there."""
+    return SimpleNamespace(
+        name=name,
+        arguments=[*arguments],
+        log=Path(f'runs/s/{name}.log'),
+        finished=lambda: {} if Path(name).exists() else None,
+        is_at_work=lambda: False,
+    )
+
+
+def launcher(jobs=None, *options):
+    return SlurmLauncher(Path('runs/s'), jobs, None, ['timeout_min=1', *options])
+
+
+def all_ended(starter, count=1):
+    ended = []
+    wait_for(lambda: ended.extend(starter.ended()) or len(ended) >= count)
+    return ended
+
+
+def fork(work):
+    """Do some work in a process of its own, as a driver that can be killed."""
+    process = os.fork()
+    if process:
+        return process
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        work()
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    os._exit(code)
+
+
+def test_a_sweep(capsys, monkeypatch):
+    """One array; of what fails, the log's end; and the rows are those of the local launcher."""
+    Path('s.yaml').write_text(SWEEP + LOST)
+    assert cli.main(['sweep', 's.yaml', *RUN]) == 1
     said = capsys.readouterr()
     assert 'Slurm says FAILED of job 1000_' in said.out
-    assert len(calls('sbatch')) == 2
-    rows = {row['cell']: row for row in read_rows(Path('runs/taught'))}
-    assert sorted((row['role'], row['method'], row['status']) for row in rows.values()) == [
-        ('student', 'baseline', 'finished'),
-        ('student', 'kd', 'finished'),
-        ('student', 'lost', 'failed'),
-        ('teacher', 'teacher', 'finished'),
-    ]
+    assert len(calls('sbatch')) == 1
+    rows = {row['cell']: row for row in read_rows(Path('runs/s'))}
+    assert [(row['method'], row['status']) for row in rows.values()] == [('baseline', 'finished'), ('lost', 'failed')]
     (lost,) = (row for row in rows.values() if row['status'] == 'failed')
     assert lost['cell'] in said.err and 'train_data' in lost['error']
-    shutil.move('runs/taught', 'on_slurm')
-    assert cli.main(['sweep', 'taught.yaml']) == 1
-    assert metrics('runs/taught') == metrics('on_slurm')
+    Path('runs/s').rename('on_slurm')
+    monkeypatch.setattr(subprocess, 'Popen', ForkedLauncher)
+    Path('s.yaml').write_text(SWEEP)
+    pid = fork(lambda: cli.main(['sweep', 's.yaml']))
+    os.waitpid(pid, 0)
+    monkeypatch.setattr(subprocess, 'Popen', POPEN)
+    assert metrics('runs/s') == {'baseline-1ep-seed17': metrics('on_slurm')['baseline-1ep-seed17']}
 
 
 def test_two_nodes(capsys):
@@ -105,39 +138,82 @@ def test_two_nodes(capsys):
     assert Path(f'runs/s/{row["cell"]}.node1.log').is_file()
 
 
-def test_a_job_that_runs_out_of_time_goes_on(capsys):
+SECOND_TIME = """
+import pathlib, sys, time
+if not pathlib.Path('at-work').exists():
+    pathlib.Path('at-work').touch()
+    time.sleep(99)
+print(sys.argv)
+pathlib.Path('x').touch()
+"""
+
+
+def test_a_job_that_runs_out_of_time_goes_on():
     """Slurm tells a job when its time is nearly over, and is asked to put it back into the queue."""
-    Path('plain.yaml').write_text(RECIPE.replace('640', '8'))
-    Path('s.yaml').write_text(SWEEP.replace('1ep', '8ep'))
-    with subprocess.Popen(DRIVER, stdout=subprocess.PIPE, text=True) as driver:
-        wait_for(lambda: list(Path('runs/s').glob('*/checkpoints/ep*')))
+    Path('x.py').write_text(SECOND_TIME)
+    with launcher() as starter:
+        x = cell('x', 'x.py', 'a=1')
+        assert starter.start([x]) == [x]
+        wait_for(Path('at-work').exists)
         subprocess.run(['scancel', '1000', '--signal', 'USR2'], check=True)
-        said, _ = driver.communicate(timeout=400)
-    assert driver.returncode == 0, said
+        assert all_ended(starter) == [(x, None)]
     assert calls('scontrol') == ['scontrol requeue 1000'] and len(calls('srun')) == 2
-    (row,) = read_rows(Path('runs/s'))
-    assert (row['status'], row['epochs']) == ('finished', 8)
-    shutil.move('runs/s', 'on_slurm')
-    assert cli.main(['sweep', 's.yaml']) == 0
-    assert metrics('runs/s') == metrics('on_slurm')
+    assert x.log.read_text() == "['x.py', 'a=1']\n"
 
 
 @pytest.mark.parametrize('number', [signal.SIGKILL, signal.SIGTERM])
-def test_a_driver_that_is_ended(number, capsys):
+def test_a_driver_that_is_ended(number, monkeypatch):
     """Killed, it leaves its jobs, for which the next one waits; asked to end, it cancels them."""
-    with subprocess.Popen(DRIVER, stdout=subprocess.PIPE, text=True) as driver:
-        wait_for(
-            lambda: Path('runs/s/slurm/jobs.json').is_file() and slurm_stand_in.jobs()['1000']['state'] == 'RUNNING'
-        )
-        driver.send_signal(number)
-        driver.communicate(timeout=240)
+    monkeypatch.setenv('SLURM_STAND_IN_TASK', SLEEPS)
+
+    def drive():
+        with launcher() as starter:
+            starter.start([cell('x')])
+            while True:
+                starter.ended()
+
+    driver = fork(drive)
+    wait_for(lambda: Path('runs/s/slurm/jobs.json').is_file() and Path('at-work').exists())
+    os.kill(driver, number)
+    os.waitpid(driver, 0)
     is_killed = number == signal.SIGKILL
     assert (slurm_stand_in.jobs()['1000']['state'] == 'CANCELLED by 0') != is_killed
-    assert cli.main(['sweep', 's.yaml', *RUN]) == 0
-    said = capsys.readouterr().out
-    assert ('waiting for another process' in said) == is_killed
-    assert len(calls('sbatch')) == (1 if is_killed else 2)
-    assert [row['status'] for row in read_rows(Path('runs/s'))] == ['finished']
+    with launcher() as starter:
+        assert starter.is_at_work(cell('x')) == is_killed
+        assert not starter.is_at_work(cell('y'))
+        if is_killed:
+            subprocess.run(['scancel', '1000'], check=True)
+            wait_for(lambda: not starter.is_at_work(cell('x')))
+
+
+def test_a_driver_that_is_killed_while_it_submits(monkeypatch):
+    """Its jobs are at work, and nobody has written down which run each of them is."""
+    monkeypatch.setenv('SLURM_STAND_IN_TASK', SLEEPS)
+
+    def drive():
+        SlurmLauncher._write = lambda _: os.kill(os.getpid(), signal.SIGKILL)
+        with launcher() as starter:
+            starter.start([cell('x'), cell('y')])
+
+    os.waitpid(fork(drive), 0)
+    todo = 'see whether squeue --name=s shows jobs of this study, scancel them, and delete '
+    with pytest.raises(RecipeError, match=f'nobody knows which runs 1000_0, 1000_1 are; {todo}'), launcher():
+        pass
+    subprocess.run(['scancel', '1000_0', '1000_1'], check=True)
+    with launcher() as starter:
+        assert not starter.is_at_work(cell('x'))
+    assert not Path('runs/s/slurm/submitting').exists()
+
+
+def test_so_many_at_the_same_time(monkeypatch):
+    """An array has as many jobs; the next one is sent when all of these have ended."""
+    monkeypatch.setenv('SLURM_STAND_IN_TASK', 'touch x y; exit 0')
+    with launcher(2) as starter:
+        cells = [cell('x'), cell('y')]
+        starter.start(cells)
+        assert starter.free == 0 and json.loads(Path('runs/s/slurm/jobs.json').read_text()).keys() == {'x', 'y'}
+        assert sorted((one.name, problem) for one, problem in all_ended(starter, 2)) == [('x', None), ('y', None)]
+        assert starter.free > 0 and Path('runs/s/slurm/jobs.json').read_text() == '{}\n'
 
 
 BAD = {
@@ -155,7 +231,7 @@ def test_wrong_options(case, capsys):
     assert cli.main(['sweep', 's.yaml', '--launcher', 'slurm', *arguments]) == 2
     error = capsys.readouterr().err
     assert error.startswith(message) and error.count('\n') == 1
-    assert not Path('runs').exists()
+    assert not [*Path('runs/s').iterdir()]
 
 
 def test_what_is_not_there(monkeypatch, capsys):

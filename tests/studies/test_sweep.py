@@ -16,6 +16,7 @@ import yaml
 from study_parts import METRIC, POPEN, ForkedLauncher, write_recipes
 
 from composer_kd import cli, jobs
+from composer_kd.recipes import RecipeError
 from composer_kd.studies.rows import read_rows
 from composer_kd.studies.sweep import sweep
 
@@ -61,6 +62,7 @@ def fork(work, log='driver.txt'):
     process = os.fork()
     if process:
         return process
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # the tests may have been started with it ignored
     try:
         with Path(log).open('a', buffering=1) as sys.stdout:
             sys.stderr = sys.stdout
@@ -127,7 +129,14 @@ def test_all_kinds_of_cells_once(capsys):
     assert [name for name, row in rows.items() if row['baseline']] == ['baseline-seed1']
     assert {row['status'] for row in rows.values()} == {'finished'} and {row['study'] for row in rows.values()} == {'s'}
     assert rows['baseline-seed1']['config']['model']['width'] == 2 and rows['baseline-seed1']['batches'] == 3
-    settings = {'name': 's', 'kind': 'sweep', 'metric': METRIC, 'goal': 'max', 'points': 'max_duration'}
+    settings = {
+        'name': 's',
+        'kind': 'sweep',
+        'metric': METRIC,
+        'goal': 'max',
+        'points': 'max_duration',
+        'file': 's.yaml',
+    }
     assert yaml.safe_load(Path('runs/s/study.yaml').read_text()) == settings
 
     # Nothing is done twice, and rows come from what the runs have left.
@@ -146,6 +155,35 @@ def test_all_kinds_of_cells_once(capsys):
     assert {cell for cell in rows if started(cell) == 2} == {'recorded-record'}
     (again,) = (row for row in read_rows(Path('runs/s')) if row['role'] == 'record')
     assert again['train_seconds'] > record['train_seconds'] and again['teacher_forwards'] > 6
+
+    # Who has learned from others than are there now is another run.
+    Path('s.yaml').write_text(ALL.replace('[5, 6]', '[5]'))
+    with pytest.raises(RecipeError, match=r'^s\.yaml:9: teachers: runs/s/sampled-seed1 is a run of another recipe'):
+        sweep('s.yaml')
+
+
+class Late(ForkedLauncher):
+    """Ends badly when all is done."""
+
+    def _work(self, *arguments):
+        return super()._work(*arguments) or 1
+
+
+def test_a_run_that_ends_badly_after_all_is_written_is_finished(monkeypatch):
+    monkeypatch.setattr(subprocess, 'Popen', Late)
+    assert finish(drive()) == 0
+    assert [row['status'] for row in read_rows(Path('runs/s'))] == ['finished']
+
+
+def test_what_is_not_in_the_file_any_more(capsys):
+    Path('s.yaml').write_text(SWEEP.replace('[1]', '[1, 2]'))
+    assert finish(drive()) == 0
+    Path('s.yaml').write_text(SWEEP)
+    assert cli.main(['sweep', 's.yaml']) == 0
+    said = '1 runs are not in the file any more: their rows go, their folders stay\n'
+    assert said in capsys.readouterr().out
+    assert [row['cell'] for row in read_rows(Path('runs/s'))] == ['baseline-seed1']
+    assert cli.main(['sweep', 's.yaml']) == 0 and said not in capsys.readouterr().out
 
 
 def test_what_fails_is_not_repeated_unless_asked_for(monkeypatch):
@@ -281,6 +319,12 @@ MISTAKES = {
         2,
         's.yaml:1: name: runs/s is the folder of a search; choose another n',
     ),
+    'file': (
+        'study.yaml',
+        'kind: sweep\nfile: t.yaml\n',
+        2,
+        's.yaml:1: name: runs/s is the folder of the study in t.yaml; choose another n',
+    ),
     'run': ('recipe.yaml', 'x', 2, 's.yaml:1: name: runs/s is the folder of a run; choose another name'),
     'cell': (
         'baseline-seed1/x',
@@ -306,11 +350,13 @@ def test_what_lies_there_is_not_the_sweeps(case, capsys):
 def test_options(capsys):
     assert cli.main(['sweep', 's.yaml', '--jobs', '0']) == 2
     assert capsys.readouterr().err == '--jobs must be 1 or more, not 0\n'
+    assert cli.main(['sweep', 's.yaml', '--slurm', 'timeout_min=1']) == 2
+    assert capsys.readouterr().err == '--slurm timeout_min=1: is for --launcher slurm; add that, or leave it out\n'
     assert not Path('runs').exists()
 
 
 def test_as_a_person_starts_it(monkeypatch):
-    """With Composer's own launcher, in processes of their own."""
+    """In processes of their own."""
     monkeypatch.setattr(subprocess, 'Popen', POPEN)
     code = 'import sys; from composer_kd.cli import main; sys.exit(main(sys.argv[1:]))'
     command = [sys.executable, '-c', code, 'sweep', 's.yaml', '--jobs', '2']
