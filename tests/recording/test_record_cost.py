@@ -5,6 +5,8 @@ import pytest
 from composer_kd.recording import RecordError
 from composer_kd.recording.cost import Cost, read_summary
 
+ABOUT = {'config': {}, 'views': 1, 'teacher_training_seconds': 0.0}
+
 
 def test_all_attempts_count(tmp_path):
     first = Cost(tmp_path)
@@ -14,15 +16,15 @@ def test_all_attempts_count(tmp_path):
     second = Cost(tmp_path)
     assert (second.seconds, second.teacher_forwards) == (1.5, 3)
     second.add(2.0, 4)
-    second.close({'samples': 7})
+    second.close(ABOUT)
     assert [path.name for path in tmp_path.iterdir()] == ['summary.json']
     summary = read_summary(tmp_path / 'summary.json')
-    assert summary == {'seconds': 3.5, 'teacher_forwards': 7, 'samples': 7}
+    assert summary == {'seconds': 3.5, 'teacher_forwards': 7, **ABOUT}
     third = Cost(tmp_path)  # adds views
     third.add(0.5, 1)
     assert json.loads((tmp_path / 'summary.json').read_text()) == summary
-    third.close({})
-    assert read_summary(tmp_path / 'summary.json') == {'seconds': 4.0, 'teacher_forwards': 8}
+    third.close(ABOUT)
+    assert read_summary(tmp_path / 'summary.json') == {'seconds': 4.0, 'teacher_forwards': 8, **ABOUT}
 
 
 @pytest.mark.parametrize('text', ['', '[]', '{"seconds": 1.0}', '{"seconds": "1", "teacher_forwards": 1}'])
