@@ -68,6 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         default='none',
         help='what a run pays beside its own training; default: %(default)s',
     )
+    report.add_argument('--metric', metavar='NAME', help='what is compared; default: what the studies say')
+    report.add_argument('--goal', choices=('max', 'min'), help='whether more of it is better; default: likewise')
     arguments, rest = parser.parse_known_args(argv)
     # Overrides that stand behind an option are left over.
     if unknown := [item for item in rest if arguments.command not in ('glue', 'record') or item.startswith('-')]:
@@ -132,7 +134,8 @@ def write_report(arguments: argparse.Namespace) -> None:
     """Write the report of studies; says where."""
     from composer_kd.studies.report import report
 
-    print(report(arguments.folders, out=arguments.out, charge=arguments.charge))
+    chosen = {name: getattr(arguments, name) for name in ('out', 'charge', 'metric', 'goal')}
+    print(report(arguments.folders, **chosen))
 
 
 def export_checkpoint(checkpoint: str, folder: str) -> None:

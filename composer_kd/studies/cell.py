@@ -35,7 +35,8 @@ class Cell:
         study: The study.
         name: Of its folder, log and row.
         method: What it is one of.
-        role: `student`; `teacher`, a run that others learn from; or `record`.
+        role: `student`; `teacher`, a run that others learn from; `record`; or `follow-up`, a run that goes on from a
+            student.
         command: What a person would type after `composer`, or after `composer-kd` for a record.
         recipe: Its recipe, as the run is to have it.
         plan: What was checked, in which teachers that are still to come are stood in for.
@@ -46,6 +47,7 @@ class Cell:
         out: Of a record, its folder.
         arm: Of a sequence, which one of those that are compared.
         step: Of a sequence, its place in it, from 0.
+        of: Of a follow-up, the name of the student.
     """
 
     study: Study
@@ -62,6 +64,7 @@ class Cell:
     out: Path | None = None
     arm: str | None = None
     step: int | None = None
+    of: str | None = None
 
     @classmethod
     def of_run(
@@ -85,7 +88,7 @@ class Cell:
             method: What it is one of.
             file: The recipe.
             overrides: For the recipe.
-            role: `student` or `teacher`.
+            role: `student`, `teacher` or `follow-up`.
             seed: The recipe's seed. Default: None, as the recipe says.
             after: Cells that must be finished first. A pattern for teachers in the recipe stands for those of these
                 cells that it matches, if there are any, whatever else lies there when the run begins.
@@ -208,6 +211,7 @@ class Cell:
             'error': error,
             'arm': self.arm,
             'step': self.step,
+            'of': self.of,
         }
         if records:
             row['teacher_training_seconds'] += sum(record['teacher_training_seconds'] for record in records)

@@ -124,16 +124,18 @@ class Course:
     steps: Steps = field(repr=False)
 
 
-def read_results(folders: Sequence[str | Path]) -> list[Results]:
+def read_results(folders: Sequence[str | Path], metric: str | None = None, goal: str | None = None) -> list[Results]:
     """Read the results of studies that are to be compared.
 
     Args:
         folders: Of the studies, at least one.
+        metric: What is compared. Default: None, what the studies say.
+        goal: `max` or `min`. Default: None, what the studies say.
 
     Raises:
         RecipeError: One holds no study, is damaged, or cannot be compared with the first.
     """
-    found = [_results(Path(folder)) for folder in folders]
+    found = [_results(Path(folder), metric, goal) for folder in folders]
     first = found[0]
     for other in found[1:]:
         for key in ('metric', 'goal'):
@@ -242,7 +244,7 @@ def missing(results: Results, among: Sequence[Line]) -> Iterator[str]:
                     yield f'{line.name}, {length}, seed {seed}'
 
 
-def _results(folder: Path) -> Results:
+def _results(folder: Path, metric: str | None, goal: str | None) -> Results:
     path = folder / SETTINGS_FILE
     if not path.is_file():
         raise RecipeError(
@@ -257,9 +259,15 @@ def _results(folder: Path) -> Results:
         if not isinstance(config.get(key), str) and not (key == 'points' and config.get(key) is None):
             raise source.error((key,), f'must be text, not {config.get(key)!r}', 1)
     values = {key: config.get(key) for key in ('name', 'kind', 'metric', 'goal', 'points')}
-    results = Results(folder, **values, rows=read_rows(folder))  # type: ignore[arg-type]
-    for number, row in enumerate(results.rows, 1):
-        _check(results, row, f'{folder / RESULTS_FILE}:{number}')
+    values |= {key: given for key, given in (('metric', metric), ('goal', goal)) if given is not None}
+    found = read_rows(folder)
+    rows: Sequence[Row | None] = found
+    if (judge := str(values['metric']).partition('/')[0]) in (config.get('then') or []):
+        rows = _judged(found, judge)
+    results = Results(folder, **values, rows=[row for row in rows if row])  # type: ignore[arg-type]
+    for number, row in enumerate(rows, 1):
+        if row:
+            _check(results, row, f'{folder / RESULTS_FILE}:{number}')
     if not any(row['status'] == 'finished' for row in results.students):
         todo = 'let one finish first'
         if any(row['status'] == 'failed' for row in results.students):
@@ -282,6 +290,25 @@ def _check(results: Results, row: Row, where: str) -> None:
     except (TypeError, ValueError):
         value = row['metrics'][results.metric]
         raise RecipeError(f'{where}: {row["cell"]}: {results.metric} is no number: {value!r}', 1) from None
+
+
+def _judged(rows: Sequence[Row], judge: str) -> list[Row | None]:
+    """The rows, in which students have the metrics of the runs that go on from them, and end as these do.
+
+    A student that nothing has gone on from yet is not there yet: None.
+    """
+    of = {row['of']: row for row in rows if row['role'] == 'follow-up' and row['method'] == judge}
+
+    def judged(row: Row) -> Row | None:
+        if row['role'] != 'student' or row['status'] != 'finished':
+            return row
+        if row['cell'] not in of:
+            return None
+        then = of[row['cell']]
+        metrics = {f'{judge}/{name}': value for name, value in then['metrics'].items()}
+        return {**row, 'metrics': metrics, 'status': then['status'], 'error': then['error']}
+
+    return [judged(row) for row in rows]
 
 
 def _renamed(results: Results, name: str) -> Results:

@@ -6,6 +6,7 @@ import itertools
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,15 @@ from composer_kd.recipes.folder import differences, run_folder
 from composer_kd.recipes.load import nearest, parse_value, read
 from composer_kd.recipes.report import is_evaluation
 from composer_kd.studies.cell import Cell
-from composer_kd.studies.study import Override, Study
+from composer_kd.studies.study import Override, Study, filled_in
 
-_KEYS = ('points', 'seeds', 'grid', 'list', 'methods', 'teachers')
+_KEYS = ('points', 'seeds', 'grid', 'list', 'methods', 'teachers', 'then')
 _METHOD = ('recipe', 'baseline', 'overrides', 'grid', 'list', 'record', 'after')
 _RECORD = ('recipe', 'views', 'top', 'overrides')
 _TEACHER = ('recipe', 'seeds', 'overrides')
+_FOLLOW_UP = ('recipe', 'overrides')
+
+_RUN = '${run}'
 
 _FIRST_SEED = 17
 _LONGEST_NAME = 200
@@ -56,8 +60,8 @@ class _Sweep:
     def cells(self) -> list[Cell]:
         study = self._study
         methods, teachers = study.mapping(('methods',)), study.mapping(('teachers',))
-        for section, keys, names in (('methods', _METHOD, methods), ('teachers', _TEACHER, teachers)):
-            for name in names:
+        for section, keys in (('methods', _METHOD), ('teachers', _TEACHER), ('then', _FOLLOW_UP)):
+            for name in study.mapping((section,)):
                 self._check_name(section, name)
                 study.mapping((section, name), keys)
         for name in methods:
@@ -104,9 +108,34 @@ class _Sweep:
             settings=settings,
             is_baseline=bool(study.value((*key, 'baseline'))),
         )
-        if is_evaluation(study.metric) and cell.plan.eval_data is None:
-            raise cell.recipe.error(('eval_data',), f'there is none, so that no run will report {study.metric}; add it')
         self._add_with_teachers(cell, key)
+        followed_by = [self._follow_up(name, cell) for name in study.then]
+        judged_by = next((each for each in followed_by if each.method == study.judge), cell)
+        if is_evaluation(study.metric_of_run) and judged_by.plan.eval_data is None:
+            message = f'there is none, so that no run will report {study.metric_of_run}; add it'
+            raise judged_by.recipe.error(('eval_data',), message)
+
+    def _follow_up(self, name: str, student: Cell) -> Cell:
+        """The run of an entry of `then` that goes on from a student."""
+        study, key = self._study, ('then', name)
+        given = study.overrides((*key, 'overrides'))
+        overrides = [replace(each, value=filled_in(each.value, _RUN, str(student.folder))) for each in given]
+        if overrides == given:
+            message = f'nothing in its `overrides` says {_RUN}, so that it would not begin with a run'
+            raise study.error(key, f"{message}; for instance model.pretrained: '{_RUN}'")
+        cell = Cell.of_run(
+            study,
+            f'{student.name}-{name}',
+            name,
+            study.recipe((*key, 'recipe')),
+            overrides,
+            role='follow-up',
+            seed=student.seed,
+            after=[student],
+            settings=student.settings,
+            of=student.name,
+        )
+        return self._add_with_teachers(cell, key)
 
     def _record(self, method: str, after: Sequence[Cell]) -> Cell:
         study, key = self._study, ('methods', method, 'record')

@@ -12,9 +12,17 @@ from composer_kd.studies.report_findings import find
 from composer_kd.studies.report_markdown import markdown
 from composer_kd.studies.report_page import page
 from composer_kd.studies.report_pictures import pictures
+from composer_kd.studies.study import GOALS
 
 
-def report(folders: Sequence[str | Path], *, out: str | Path | None = None, charge: Charge = 'none') -> Path:
+def report(
+    folders: Sequence[str | Path],
+    *,
+    out: str | Path | None = None,
+    charge: Charge = 'none',
+    metric: str | None = None,
+    goal: str | None = None,
+) -> Path:
     """Write `report.html`, `report.md` and their pictures.
 
     Args:
@@ -22,6 +30,8 @@ def report(folders: Sequence[str | Path], *, out: str | Path | None = None, char
         out: Where to write. Default: the first folder.
         charge: What each run is charged beside its own training: the making of the `recording` that it learns from, the
             training of its `teacher`, `all` of these, or `none`.
+        metric: What is compared. Default: None, what the studies say.
+        goal: Whether more of it is better, `max`, or less, `min`. Default: None, what the studies say.
 
     Returns:
         The page.
@@ -29,9 +39,10 @@ def report(folders: Sequence[str | Path], *, out: str | Path | None = None, char
     Raises:
         RecipeError: There are no results, or damaged ones; they cannot be compared; plotly is not installed.
     """
-    if charge not in CHARGES:
-        raise RecipeError(f'--charge {charge}: must be one of {", ".join(CHARGES)}')
-    findings = find(folders, charge)
+    for option, given, known in (('charge', charge, CHARGES), ('goal', goal or 'max', GOALS)):
+        if given not in known:
+            raise RecipeError(f'--{option} {given}: must be one of {", ".join(known)}')
+    findings = find(folders, charge, metric, goal)
     drawn = pictures(findings)
     text, shown = markdown(findings, [*drawn]), page(findings, [*drawn])
     folder = Path(out if out is not None else folders[0])

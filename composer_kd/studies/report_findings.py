@@ -73,13 +73,13 @@ class Findings:
     missing: list[str]
 
 
-def find(folders: Sequence[str | Path], charge: Charge) -> Findings:
+def find(folders: Sequence[str | Path], charge: Charge, metric: str | None = None, goal: str | None = None) -> Findings:
     """Compare the runs of some studies.
 
     Raises:
         RecipeError: There are no results, damaged ones, or ones that cannot be compared.
     """
-    results = read_results(folders)
+    results = read_results(folders, metric, goal)
     if is_sequence(results[0]):
         if charge != 'none':
             todo = f'leave out --charge {charge}'

@@ -24,6 +24,7 @@ _TYPES = {
     'error': str | None,
     'arm': str | None,
     'step': int | None,
+    'of': str | None,
     'versions': dict | None,
 }
 

@@ -97,6 +97,22 @@ class Study:
         """Where everything lies."""
         return Path(self.runs_dir, self.name)
 
+    @property
+    def then(self) -> list[str]:
+        """Names of the runs that go on from each student."""
+        return [*self.mapping(('then',))]
+
+    @property
+    def judge(self) -> str | None:
+        """The name of the run by which a student is judged that goes on from it; None, by its own."""
+        name = self.metric.partition('/')[0]
+        return name if name in self.then else None
+
+    @property
+    def metric_of_run(self) -> str:
+        """What is compared, as the run that reports it calls it."""
+        return self.metric if self.judge is None else self.metric.partition('/')[2]
+
     def error(self, key: Sequence[object], message: str, exit_code: int = 2) -> RecipeError:
         """The error to raise for what stands at a key."""
         return self.source.error(key, message, exit_code)
@@ -108,7 +124,7 @@ class Study:
             found = found[part] if not isinstance(found, dict) else found.get(part)
             if found is None:
                 return default
-        return self._filled_in(found)
+        return filled_in(found, _FOLDER, str(self.folder))
 
     def mapping(self, key: Sequence[object], keys: Collection[str] | None = None) -> dict[str, Any]:
         """The mapping that stands at a key, empty where nothing does.
@@ -178,7 +194,7 @@ class Study:
             todo = f'choose another name, or delete {path} if that file has a new one'
             raise self.error(('name',), f'{self.folder} is the folder of the study in {file}; {todo}')
         settings = {name: getattr(self, name) for name in ('name', 'kind', 'metric', 'goal', 'points')}
-        settings['file'] = self.source.path.name
+        settings |= {'file': self.source.path.name, 'then': self.then}
         write(path, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
 
     @contextmanager
@@ -201,9 +217,11 @@ class Study:
         finally:
             lock.release()
 
-    def _filled_in(self, value: Any) -> Any:
-        if isinstance(value, dict):
-            return {name: self._filled_in(item) for name, item in value.items()}
-        if isinstance(value, list):
-            return [self._filled_in(item) for item in value]
-        return value.replace(_FOLDER, str(self.folder)) if isinstance(value, str) else value
+
+def filled_in(value: Any, name: str, text: str) -> Any:
+    """A value of a study file, with the text for the name wherever it stands in it."""
+    if isinstance(value, dict):
+        return {key: filled_in(item, name, text) for key, item in value.items()}
+    if isinstance(value, list):
+        return [filled_in(item, name, text) for item in value]
+    return value.replace(name, text) if isinstance(value, str) else value

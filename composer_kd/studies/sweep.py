@@ -139,10 +139,15 @@ class _Driver:
 
     def _row(self, cell: Cell, summary: dict[str, Any]) -> dict[str, Any]:
         row = cell.row(summary=summary)
-        if cell.role == 'student' and self._study.metric not in row['metrics']:
-            there = ', '.join(row['metrics'])
-            raise self._study.error(('metric',), f'{cell.name} does not report {self._study.metric}; it has: {there}')
+        if self._judges(cell) and self._study.metric_of_run not in row['metrics']:
+            there, metric = ', '.join(row['metrics']), self._study.metric_of_run
+            raise self._study.error(('metric',), f'{cell.name} does not report {metric}; it has: {there}')
         return row
+
+    def _judges(self, cell: Cell) -> bool:
+        """Whether what is compared is a metric of this run."""
+        judge = self._study.judge
+        return cell.role == 'student' if judge is None else cell.role == 'follow-up' and cell.method == judge
 
     def _start(self, waiting: list[Cell]) -> list[Cell]:
         """Start what can be started now; what cannot be, because somebody is at work on it."""
@@ -184,9 +189,9 @@ class _Driver:
             self._print(''.join(f'    {line}\n' for line in tail(cell.log).splitlines()), end='')
         else:
             row = self._rows[cell.name] = self._row(cell, summary)
-            found = {self._study.metric: row['metrics'].get(self._study.metric)} if cell.role == 'student' else {}
-            values = ''.join(f', {name.split("/")[-1]} {float(value):.4f}' for name, value in found.items())
-            self._say(cell, f'done, {row["train_seconds"]:.1f} s{values}')
+            metric = self._study.metric_of_run
+            value = f', {metric.split("/")[-1]} {float(row["metrics"][metric]):.4f}' if self._judges(cell) else ''
+            self._say(cell, f'done, {row["train_seconds"]:.1f} s{value}')
         self._write()
         assert self._bar is not None
         self._bar.update()

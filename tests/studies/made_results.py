@@ -22,14 +22,14 @@ def row(method, seed, quality, seconds, *, settings=None, metric=METRIC, **more)
         **{'teacher_share': None, 'teacher_training_seconds': 0.0, 'recording_seconds': 0, 'error': None},
         **{'epochs': 1, 'batches': 10, 'samples': 640, 'samples_per_second': 64.0, 'parameters': 1000},
         **{'world_size': 1, 'device': 'cpu', 'precision': 'fp32', 'versions': {'torch': '2.7'}, 'git_commit': 'abc'},
-        **{'arm': None, 'step': None, **more},
+        **{'arm': None, 'step': None, 'of': None, **more},
     }
 
 
-def study(folder, rows, *, name='made', kind='sweep', metric=METRIC, goal='max', points='max_duration'):
+def study(folder, rows, *, name='made', kind='sweep', metric=METRIC, goal='max', points='max_duration', then=()):
     """Write the folder of a study."""
     folder.mkdir(parents=True, exist_ok=True)
-    settings = {'name': name, 'kind': kind, 'metric': metric, 'goal': goal, 'points': points}
+    settings = {'name': name, 'kind': kind, 'metric': metric, 'goal': goal, 'points': points, 'then': [*then]}
     (folder / 'study.yaml').write_text(yaml.safe_dump(settings))
     write_rows(folder, [{**row, 'study': name} for row in rows])
     return folder

@@ -8,6 +8,7 @@ from made_results import METRIC, row, steps, study, sweep
 
 from composer_kd.recipes.load import RecipeError
 from composer_kd.studies.curves import baseline_of, charged, courses, lines, missing, read_results
+from composer_kd.studies.rows import write_rows
 
 STOP = 'algorithms.early_stop_distillation.stop'
 
@@ -115,6 +116,34 @@ def test_an_arm_may_say_that_it_is_the_baseline(tmp_path):
     rows[1] |= {'baseline': True}
     found = courses(read(study(tmp_path, rows, kind='chain', points=None)))
     assert [course.is_baseline for course in found] == [False, True]
+
+
+def test_students_are_judged_by_what_goes_on_from_them(tmp_path):
+    rows = [row('kd', seed, 0.1, 5.0) for seed in (1, 2, 3, 4)]
+    rows[3] |= {'status': 'failed', 'error': 'out of memory'}
+    then = {'role': 'follow-up', 'seconds': 1.0}
+    rows += [
+        row('tuned', 1, 0.8, **then, of='kd-seed1'),
+        row('tuned', 2, 0.9, **then, of='kd-seed2', status='failed', error='no disk'),
+        row('other', 3, 0.9, **then, of='kd-seed3'),
+    ]
+    folder = study(tmp_path, rows, metric='tuned/metrics/eval/F1', then=['tuned', 'other'])
+    for each in rows[4:]:
+        each['metrics'] = {'metrics/eval/F1': each['metrics'][METRIC]}
+    write_rows(folder, rows)
+    (results,) = read(folder)
+    assert [r['seed'] for r in results.students] == [1, 2, 4]  # nothing has gone on from the third one yet
+    (line,) = lines([results])
+    assert ([*line.runs.seconds], [*line.runs.quality]) == ([5.0], [0.8])  # not 1 second: what is timed is the student
+    assert [(r['status'], r['error']) for r in line.others] == [('failed', 'no disk'), ('failed', 'out of memory')]
+    assert [*missing(results, [line])] == []
+
+    (results,) = read_results([folder], METRIC, 'min')
+    assert results.goal == 'min' and [results.quality(r) for r in results.students[:3]] == [0.1] * 3
+    with pytest.raises(
+        RecipeError, match=r'results.jsonl:1: kd-seed1 did not report tuned/metrics/eval/F2; did you mean'
+    ):
+        read_results([folder], 'tuned/metrics/eval/F2')
 
 
 @pytest.mark.parametrize('text', ['{"study": "made", "cell', '[]\n', '{"study": 3}\n', 'NaN\n'])

@@ -33,6 +33,46 @@ def cells_of(text, name='s.yaml'):
     return {cell.name: cell for cell in read_sweep(name)[1]}
 
 
+THEN = "then: {on: {recipe: recipes/base.yaml, overrides: {load_path: '${run}/x.pt', max_duration: 9ba}}}\n"
+
+
+def test_what_goes_on_from_a_student_follows_it():
+    cells = cells_of(SWEEP + THEN)
+    assert [*cells][:4] == [
+        'baseline-2ba-seed1',
+        'baseline-2ba-seed1-on',
+        'baseline-4ba-seed1',
+        'baseline-4ba-seed1-on',
+    ]
+    cell = cells['baseline-4ba-seed2-on']
+    assert (cell.role, cell.method, cell.seed, cell.after, cell.of) == (
+        *('follow-up', 'on', 2, ['baseline-4ba-seed2'], 'baseline-4ba-seed2'),
+    )
+    assert cell.settings == {'max_duration': '4ba'} and cell.command == [
+        'recipes/base.yaml',
+        'load_path=runs/s/baseline-4ba-seed2/x.pt',
+        'max_duration=9ba',
+        'seed=2',
+        'run_name=baseline-4ba-seed2-on',
+        'runs_dir=runs/s',
+        'autoresume=true',
+    ]
+
+
+@pytest.mark.parametrize(
+    'change, said',
+    [
+        (("'${run}/x.pt'", 'x.pt'), r's.yaml:8: then.on: nothing in its `overrides` says \${run}'),
+        (('recipe: recipes/base.yaml, ', ''), 's.yaml:8: then.on.recipe: must be the path of a recipe'),
+        (('overrides:', 'seeds: [1], overrides:'), "s.yaml:8: then.on.seeds: there is no 'seeds' here"),
+        (('max_duration: 9ba', 'max_duratio: 9ba'), "s.yaml:8: max_duratio: .*did you mean 'max_duration'"),
+    ],
+)
+def test_mistakes_in_what_goes_on(change, said):
+    with pytest.raises(RecipeError, match=said):
+        cells_of(SWEEP + THEN.replace(*change))
+
+
 def test_methods_by_points_by_seeds():
     cells = cells_of(
         SWEEP

@@ -29,6 +29,7 @@ ROW = {
     'error': None,
     'arm': None,
     'step': None,
+    'of': None,
     'versions': {'torch': '2.7'},
 }
 

@@ -136,6 +136,7 @@ def test_all_kinds_of_cells_once(capsys):
         'goal': 'max',
         'points': 'max_duration',
         'file': 's.yaml',
+        'then': [],
     }
     assert yaml.safe_load(Path('runs/s/study.yaml').read_text()) == settings
 
@@ -167,6 +168,37 @@ class Late(ForkedLauncher):
 
     def _work(self, *arguments):
         return super()._work(*arguments) or 1
+
+
+def test_a_student_can_be_judged_by_a_run_that_goes_on_from_it(capsys):
+    run = "load_path: '${run}/checkpoints/latest-rank0.pt', load_weights_only: true, optimizer.lr: 0.2"
+    text = (
+        SWEEP.replace(METRIC, f'more/{METRIC}')
+        + f'then: {{more: {{recipe: recipes/base.yaml, overrides: {{{run}}}}}}}\n'
+    )
+    Path('s.yaml').write_text(text.replace('lr: 0.2', 'lr: -1.0'))
+    assert finish(drive()) == 1
+    student, more = read_rows(Path('runs/s'))
+    assert (student['status'], more['status']) == ('finished', 'failed') and 'Invalid learning rate' in more['error']
+    assert cli.main(['report', 'runs/s']) == 1
+    assert 'no run of this study is finished; see runs/s/results.jsonl' in capsys.readouterr().err
+
+    Path('s.yaml').write_text(text)
+    assert finish(drive()) == 0
+    again, more = read_rows(Path('runs/s'))
+    assert again == student and started('baseline-seed1') == 1
+    assert (more['cell'], more['method'], more['role'], more['of'], more['seed'], more['status']) == (
+        *('baseline-seed1-more', 'more', 'follow-up', 'baseline-seed1', 1, 'finished'),
+    )
+    assert more['config']['load_path'].startswith('runs/s/baseline-seed1/checkpoints')
+    said = Path('driver.txt').read_text()
+    assert said.count('MulticlassAccuracy') == said.count(f's, MulticlassAccuracy {more["metrics"][METRIC]:.4f}\n') == 1
+    assert yaml.safe_load(Path('runs/s/study.yaml').read_text())['then'] == ['more']
+
+    assert student['metrics'][METRIC] != more['metrics'][METRIC]
+    for options, row in ([], more), (['--metric', METRIC], student):
+        assert cli.main(['report', 'runs/s', *options]) == 0
+        assert f'{100 * row["metrics"][METRIC]:.2f}' in Path('runs/s/report.md').read_text().partition('## How')[0]
 
 
 def test_a_run_that_ends_badly_after_all_is_written_is_finished(monkeypatch):
