@@ -136,6 +136,10 @@ def _no_recipe(path: Path) -> RecipeError:
 class _Loader(yaml.SafeLoader):
     """YAML as people write it: `1e-3` is a number; dates, `yes` and `no` are text."""
 
+    def __init__(self, text: str):
+        super().__init__(text)
+        self.merged: set[int] = set()  # mappings that have taken in what `<<` names
+
 
 _FLOAT = re.compile(
     r'[-+]?(\d[\d_]*\.[\d_]*|\.\d[\d_]*|\d[\d_]*(?=[eE]))([eE][-+]?\d+)?$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$'
@@ -169,7 +173,7 @@ def _construct(loader: _Loader, node: yaml.Node, key: Key, lines: dict[Key, int 
     lines.setdefault(key, node.start_mark.line + 1)
     if isinstance(node, yaml.MappingNode) and node.tag == 'tag:yaml.org,2002:map':
         own: dict[str, int] = {}
-        for key_node, _ in node.value:
+        for key_node, _ in node.value if id(node) not in loader.merged else ():
             line = key_node.start_mark.line + 1
             if not isinstance(key_node, yaml.ScalarNode):
                 raise RecipeError(f'{name}:{line}: not valid here: a key must be a word')
@@ -178,6 +182,7 @@ def _construct(loader: _Loader, node: yaml.Node, key: Key, lines: dict[Key, int 
                 raise RecipeError(f'{name}:{line}: {at}: given twice, first in line {own[key_node.value]}; remove one')
             own[key_node.value] = line
         loader.flatten_mapping(node)
+        loader.merged.add(id(node))
         for key_node, _ in node.value:
             lines[(*key, key_node.value)] = key_node.start_mark.line + 1
         return {k.value: _construct(loader, v, (*key, k.value), lines, name) for k, v in node.value}

@@ -76,6 +76,8 @@ def test_merge_keys_and_aliases(write):
     recipe = load(write('callbacks: &all {a: 1, b: 2}\nloggers: {<<: *all, b: 3}\n'), ['callbacks.a=5'])
     assert recipe.config['loggers'] == {'a': 1, 'b': 3}
     assert recipe.config['callbacks'] == {'a': 5, 'b': 2}
+    twice = 'callbacks: &all {a: 1, b: 2}\nloggers: &more {<<: *all, b: 3}\nalgorithms: *more\n'
+    assert load(write(twice)).config['algorithms'] == {'a': 1, 'b': 3}
 
 
 @pytest.mark.parametrize(
