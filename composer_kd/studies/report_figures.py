@@ -16,9 +16,10 @@ from composer_kd.studies.report_words import Metric, metric_of, seconds_text, se
 Trace = dict[str, Any]
 Figure = dict[str, Any]
 
-COLOURS = 8
-SYMBOLS = ('circle', 'square', 'diamond', 'triangle-up', 'cross', 'x', 'star', 'hexagon')
+SYMBOLS = ('circle', 'square', 'diamond', 'triangle-up', 'cross', 'x', 'star', 'hexagon', 'pentagon')
 MUTED = 'muted'
+
+_COLOURS = 8
 
 _TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200, 1800)
 _TICKS += tuple(3600 * hours for hours in (1, 2, 4, 8, 12, 24, 48, 96, 240, 480, 960))
@@ -149,7 +150,7 @@ def _trace(
     colour: int | str, x: ArrayLike, y: ArrayLike, metric: Metric, text: Sequence[str] = (), **more: Any
 ) -> Trace:
     group = MUTED if colour == MUTED else str(colour)
-    meta = {'colour': MUTED if isinstance(colour, str) else colour % COLOURS}
+    meta = {'colour': MUTED if isinstance(colour, str) else colour_of(colour)}
     said = {'text': [*text], 'hoverinfo': 'text'} if text else {}
     values = {'x': _plain(x), 'y': _plain(np.asarray(y, float) * metric.scale)}
     return {'type': 'scatter', 'legendgroup': group, 'meta': meta, **values, **said, **more}
@@ -170,6 +171,11 @@ def _columns(runs: Any) -> tuple[Sequence[Any], ...]:
 
 def _hover(name: str, which: str, metric: Metric, quality: float, seconds: float) -> str:
     return f'{html.escape(name)}<br>{html.escape(which)}<br>{metric.text(quality)} in {seconds_text(seconds)}'
+
+
+def colour_of(index: int) -> int:
+    """The colour of a curve. That of the first one, which is a baseline, does not come again."""
+    return index if index < _COLOURS else 1 + (index - _COLOURS) % (_COLOURS - 1)
 
 
 def _time_axis(seconds: Sequence[float]) -> dict[str, Any]:

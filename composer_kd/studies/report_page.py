@@ -10,12 +10,12 @@ from string import Template
 
 from composer_kd.recipes.load import RecipeError
 from composer_kd.studies import report_tables as tables
-from composer_kd.studies.report_figures import COLOURS, MUTED, figures
+from composer_kd.studies.report_figures import MUTED, colour_of, figures
 from composer_kd.studies.report_findings import Findings
 from composer_kd.studies.report_tables import Table
 from composer_kd.studies.report_words import ONCE, answer, beside_it, charge_text, course_sentence, metric_of, sentence
 
-_MARKS = '●■◆▲✚✖★⬢'  # as the figures have them
+_MARKS = '●■◆▲✚✖★⬢⬟'  # as the figures have them
 _TEMPLATE = Path(__file__).with_name('report_page.html')
 
 _TIME = (
@@ -96,7 +96,7 @@ def _plot(name: str, label: str, caption: str) -> str:
 
 
 def _chip(index: int, name: str) -> str:
-    mark = f'<span class="mark" style="--c: var(--c{index % COLOURS})">{_MARKS[index % len(_MARKS)]}</span>'
+    mark = f'<span class="mark" style="--c: var(--c{colour_of(index)})">{_MARKS[index % len(_MARKS)]}</span>'
     return f'<button type="button" aria-pressed="true" data-group="{index}">{mark}{escape(name)}</button>'
 
 

@@ -12,7 +12,7 @@ from composer_kd.studies.report_findings import Findings
 
 _COLOURS = ('#59636e', '#0062b8', '#c2410c', '#047857', '#8b3fc7', '#8a6100', '#0e7490', '#be185d')
 _MARKERS = {'circle': 'o', 'square': 's', 'diamond': 'D', 'triangle-up': '^', 'triangle-down': 'v', 'cross': 'P'}
-_MARKERS |= {'x': 'X', 'star': '*', 'hexagon': 'h'}
+_MARKERS |= {'x': 'X', 'star': '*', 'hexagon': 'h', 'pentagon': 'p'}
 _DASHES = {'dot': ':', 'dash': '--'}
 
 

@@ -10,8 +10,9 @@ from made_results import METRIC, row, steps, study, sweep
 from PIL import Image
 
 from composer_kd.recipes.load import RecipeError
+from composer_kd.studies import report_page, report_pictures
 from composer_kd.studies.report import report
-from composer_kd.studies.report_figures import figures
+from composer_kd.studies.report_figures import SYMBOLS, colour_of, figures
 from composer_kd.studies.report_findings import find
 from composer_kd.studies.report_markdown import markdown
 from composer_kd.studies.report_words import answer, factor_text, seconds_text
@@ -213,6 +214,12 @@ def test_the_figure_shows_every_run_and_the_frontier(tmp_path):
     assert [len(trace['x']) for trace in found if trace['legendgroup'] == '1'] == [12, 4, 4]
     frontier = found[0]
     assert frontier['legendgroup'] == 'muted' and frontier['y'] == sorted(frontier['y'])
+
+
+def test_no_two_curves_look_alike():
+    looks = [(colour_of(index), SYMBOLS[index % len(SYMBOLS)]) for index in range(40)]
+    assert len(set(looks)) == 40 and [index for index in range(40) if colour_of(index) == 0] == [0]
+    assert len(report_page._MARKS) == len(SYMBOLS) and {*SYMBOLS} <= {*report_pictures._MARKERS}
 
 
 def test_the_pictures_show_something(tmp_path):
