@@ -240,3 +240,21 @@ def test_overhead(tmp_path, monkeypatch):
     # Every batch is heard online, and from the record no network is asked.
     assert row['teacher_forwards'] == {'no teacher': 0, 'online': 8, 'recorded, 1 view': 0}
     assert row['recording_seconds']['recorded, 1 view'] > 0
+
+
+def test_study(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(ROOT / 'tests' / 'studies'))
+    from made_results import row, study
+
+    rows = [row('kd', 1, 0.5, 2.0), row('kd', 2, 0.1, 1.0, status='failed', error='no disk')]
+    rows += [row('teacher', 3, 0.9, 4.0, role='teacher', git_commit='def')]
+    monkeypatch.setattr(sys, 'argv', ['study.py', str(study(tmp_path, rows))])
+    runpy.run_path(str(ROOT / 'benchmarks' / 'study.py'), run_name='__main__')
+    said = json.loads(capsys.readouterr().out)
+    assert said['benchmark'] == 'study' and said['study'] == 'made' and said['git_commit_of_runs'] == ['abc', 'def']
+    seconds = {'teacher_seconds': 0.0, 'teacher_forwards': 0}
+    assert said['runs'] == {
+        'kd-seed1': {'status': 'finished', 'train_seconds': 2.0, **seconds, 'quality': 0.5},
+        'kd-seed2': {'status': 'failed', 'train_seconds': 1.0, **seconds},
+        'teacher-seed3': {'status': 'finished', 'train_seconds': 4.0, **seconds},
+    }
