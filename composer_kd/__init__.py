@@ -4,7 +4,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from composer_kd.algorithms import EarlyStopDistillation, KnowledgeDistillation, TeacherSampling
+    from composer_kd.algorithms import (
+        EarlyStopDistillation,
+        KnowledgeDistillation,
+        RegularizationSchedule,
+        TeacherSampling,
+    )
     from composer_kd.teachers import NetworkTeacher, RecordedTeacher, TeacherError, TeacherPool
 
 __version__ = '0.1.0'
@@ -14,6 +19,7 @@ __all__ = [
     'KnowledgeDistillation',
     'NetworkTeacher',
     'RecordedTeacher',
+    'RegularizationSchedule',
     'TeacherError',
     'TeacherPool',
     'TeacherSampling',

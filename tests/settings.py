@@ -16,7 +16,13 @@ from composer.utils import dist
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from composer_kd import EarlyStopDistillation, KnowledgeDistillation, NetworkTeacher, TeacherSampling
+from composer_kd import (
+    EarlyStopDistillation,
+    KnowledgeDistillation,
+    NetworkTeacher,
+    RegularizationSchedule,
+    TeacherSampling,
+)
 from composer_kd.data import data_spec
 
 CLASSES, SAMPLES, BATCH, EPOCHS = 5, 128, 32, 2
@@ -82,6 +88,11 @@ SETTINGS: dict[str, Callable[[], list[Algorithm]]] = {
     'record_top': lambda: [KnowledgeDistillation(teachers(2), record=new_folder(), record_top=3), TeacherSampling()],
     'early_stop': lambda: [EarlyStopDistillation('0.5dur'), KnowledgeDistillation(teachers(1))],
     'window': lambda: [KnowledgeDistillation(teachers(1)), EarlyStopDistillation('6ba', start='2ba', ramp='3ba')],
+    'regularization': lambda: [
+        RegularizationSchedule(while_distilling=0.1, groups=[0]),
+        KnowledgeDistillation(teachers(1)),
+        EarlyStopDistillation('6ba', ramp='4ba'),
+    ],
     'all': lambda: [
         KnowledgeDistillation(
             teachers(3), kd_weight=4.0, interval=2, probability=0.9, residency='host', record=new_folder()

@@ -2,6 +2,7 @@
 
 from composer_kd.algorithms.early_stop_distillation import EarlyStopDistillation
 from composer_kd.algorithms.knowledge_distillation import KnowledgeDistillation
+from composer_kd.algorithms.regularization_schedule import RegularizationSchedule
 from composer_kd.algorithms.teacher_sampling import TeacherSampling
 
-__all__ = ['EarlyStopDistillation', 'KnowledgeDistillation', 'TeacherSampling']
+__all__ = ['EarlyStopDistillation', 'KnowledgeDistillation', 'RegularizationSchedule', 'TeacherSampling']

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 
-from composer.core import Algorithm, Event, State, Time, TimeUnit
+from composer.core import Algorithm, Event, State, Time
 from composer.loggers import Logger
 
 from composer_kd.algorithms.knowledge_distillation import find_distiller
+from composer_kd.algorithms.times import parse_time, progress
 
 
 def window_share(elapsed: float, *, stop: float, ramp: float = 0.0) -> float:
@@ -47,9 +47,9 @@ class EarlyStopDistillation(Algorithm):
     """
 
     def __init__(self, stop: str | Time, start: str | Time = '0dur', ramp: str | Time | None = None):
-        self.start = _parse('start', start)
-        self.stop = _parse('stop', stop)
-        self.ramp = Time(0, self.stop.unit) if ramp is None else _parse('ramp', ramp)
+        self.start = parse_time('start', start)
+        self.stop = parse_time('stop', stop)
+        self.ramp = Time(0, self.stop.unit) if ramp is None else parse_time('ramp', ramp)
         if self.stop.value <= 0 or (self.start.unit == self.stop.unit and self.start.value >= self.stop.value):
             raise ValueError(f'stop ({self.stop}) must come after start ({self.start})')
         if self.ramp.unit != self.stop.unit:
@@ -70,7 +70,7 @@ class EarlyStopDistillation(Algorithm):
         if event == Event.INIT:
             distiller.share = self.share
             distiller.window = self.start, self.stop
-        elif not distiller.pool.released and _elapsed(state, self.stop.unit) >= self.stop.value:
+        elif not distiller.pool.released and progress(state, self.stop.unit) >= self.stop.value:
             if distiller.pool.heard == 0 and distiller.kd_weight > 0:
                 warnings.warn(
                     f'distillation has ended at {self.stop} before it began: no teacher was heard', stacklevel=2
@@ -79,32 +79,6 @@ class EarlyStopDistillation(Algorithm):
 
     def share(self, state: State) -> float:
         """Share of the distillation that is switched on at the present time of ``state``, 0 to 1."""
-        if _elapsed(state, self.start.unit) < self.start.value:
+        if progress(state, self.start.unit) < self.start.value:
             return 0.0
-        return window_share(_elapsed(state, self.stop.unit), stop=self.stop.value, ramp=self.ramp.value)
-
-
-def _parse(name: str, time: str | Time) -> Time:
-    try:
-        parsed = Time.from_input(time)
-    except (ValueError, TypeError, RuntimeError) as error:
-        raise ValueError(f"{name} must be a time string, such as '0.3dur', '30ep' or '5000ba', not {time!r}") from error
-    if not (math.isfinite(parsed.value) and parsed.value >= 0):
-        raise ValueError(f'{name} must be 0 or later, not {parsed}')
-    if parsed.unit == TimeUnit.DURATION and parsed.value > 1:
-        raise ValueError(f"{name} is {parsed}, but a run ends at '1dur'")
-    return parsed
-
-
-def _elapsed(state: State, unit: TimeUnit) -> float:
-    if unit != TimeUnit.DURATION:
-        return state.timestamp.get(unit).value
-    end = state.max_duration
-    if end is None:
-        return 0.0
-    if end.unit == TimeUnit.EPOCH and state.dataloader_len is not None:
-        # Composer counts a duration in epochs by whole epochs; its schedulers, as we do, by batches.
-        return (
-            state.timestamp.epoch.value + state.timestamp.batch_in_epoch.value / state.dataloader_len.value
-        ) / end.value
-    return state.timestamp.get(end.unit).value / end.value
+        return window_share(progress(state, self.stop.unit), stop=self.stop.value, ramp=self.ramp.value)

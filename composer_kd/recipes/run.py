@@ -18,9 +18,14 @@ import torch
 import torch.backends.cudnn
 from composer import Trainer
 from composer.core import Event
-from composer.utils import dist, get_device
+from composer.utils import dist, ensure_tuple, get_device
 
-from composer_kd.algorithms import EarlyStopDistillation, KnowledgeDistillation, TeacherSampling
+from composer_kd.algorithms import (
+    EarlyStopDistillation,
+    KnowledgeDistillation,
+    RegularizationSchedule,
+    TeacherSampling,
+)
 from composer_kd.data.text_files import TextError
 from composer_kd.memory import end_workers, free_closed_runs
 from composer_kd.recipes.build import build
@@ -45,6 +50,8 @@ from composer_kd.tokenization import saved_tokenizer, tokenizer_difference
 # NotImplementedError is how Composer refuses settings that do not go together.
 _CAUSED_BY_PEOPLE = (ValueError, OSError, ImportError, NotImplementedError, TeacherError)
 _CAUSED_BY_CHECKPOINTS = (RuntimeError, LookupError, EOFError, pickle.UnpicklingError)
+
+_OURS = (EarlyStopDistillation, KnowledgeDistillation, RegularizationSchedule, TeacherSampling)
 
 _signal_file = dist.get_node_signal_file_name
 
@@ -130,15 +137,17 @@ def _rehearse_algorithms(recipe: Recipe, keywords: dict[str, Any]) -> None:
         algorithms=[*keywords['algorithms']],
         model=keywords['model'],
         dataloader=keywords['train_dataloader'].dataloader,
+        optimizers=ensure_tuple(keywords.get('optimizers')),
         rank_zero_seed=keywords['seed'],
     )
     logger: Any = None  # nothing is logged yet
     try:
         for algorithm in keywords['algorithms']:
-            if isinstance(algorithm, KnowledgeDistillation | TeacherSampling | EarlyStopDistillation):
+            if isinstance(algorithm, _OURS):
                 algorithm.apply(Event.INIT, state, logger)
-        for distiller in _distillers(state.algorithms):
-            distiller.rehearse(state)
+        for algorithm in state.algorithms:
+            if isinstance(algorithm, KnowledgeDistillation | RegularizationSchedule):
+                algorithm.rehearse(state)
     except TeacherError as error:
         raise recipe.error(('teachers',), str(error)) from error
     except ValueError as error:
