@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 
-COMMANDS = ('check', 'export', 'glue', 'record', 'sweep', 'sequence', 'report')
+COMMANDS = ('check', 'export', 'glue', 'record', 'sweep', 'sequence', 'report', 'churn')
 SECONDS_FOR_THREADS = 0.1
 SECONDS_FOR_RANK_ZERO = 20  # to say what is wrong, before another rank does
 
@@ -70,6 +70,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     report.add_argument('--metric', metavar='NAME', help='what is compared; default: what the studies say')
     report.add_argument('--goal', choices=('max', 'min'), help='whether more of it is better; default: likewise')
+    churn = commands.add_parser('churn', help='how much trained networks differ in what they say about the same data')
+    churn.add_argument('first', metavar='A', help='the folder of a run, or a checkpoint in it')
+    churn.add_argument('others', nargs='+', metavar='B', help='likewise; of more than two, all pairs are compared')
+    churn.add_argument('--data', metavar='RECIPE', help="whose eval_data they are asked about; default: the runs' own")
+    churn.add_argument('--out', metavar='FILE', help='write the figures to a file, too, as JSON')
     arguments, rest = parser.parse_known_args(argv)
     # Overrides that stand behind an option are left over.
     if unknown := [item for item in rest if arguments.command not in ('glue', 'record') or item.startswith('-')]:
@@ -84,6 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         'sweep': lambda: run_sweep(arguments),
         'sequence': lambda: run_sequence(arguments),
         'report': lambda: write_report(arguments),
+        'churn': lambda: compare_runs(arguments),
     }
     return guarded(work[arguments.command])
 
@@ -136,6 +142,13 @@ def write_report(arguments: argparse.Namespace) -> None:
 
     chosen = {name: getattr(arguments, name) for name in ('out', 'charge', 'metric', 'goal')}
     print(report(arguments.folders, **chosen))
+
+
+def compare_runs(arguments: argparse.Namespace) -> None:
+    """Compare what the networks of runs say."""
+    from composer_kd.churn import compare
+
+    compare([arguments.first, *arguments.others], data=arguments.data, out=arguments.out)
 
 
 def export_checkpoint(checkpoint: str, folder: str) -> None:

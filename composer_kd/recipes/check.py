@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 from composer_kd.algorithms.inputs import changes_inputs, refuse_changed_inputs
 from composer_kd.checkpoints import find_paths
@@ -131,6 +131,15 @@ def check(recipe: Recipe, trail: tuple[Path, ...] = ()) -> Plan:
     for scheduler in plan.schedulers:
         scheduler()
     return plan
+
+
+def call_of(recipe: Recipe, section: Literal['model', 'eval_data']) -> Call:
+    """The call of one section of a recipe, whatever else stands in it.
+
+    Raises:
+        RecipeError: If anything is wrong with this section.
+    """
+    return _builder(recipe, (section,), recipe.config.get(section), 'model' if section == 'model' else 'data')
 
 
 def takes_teachers(call: Call) -> bool:
