@@ -194,7 +194,7 @@ class Study:
             todo = f'choose another name, or delete {path} if that file has a new one'
             raise self.error(('name',), f'{self.folder} is the folder of the study in {file}; {todo}')
         settings = {name: getattr(self, name) for name in ('name', 'kind', 'metric', 'goal', 'points')}
-        settings |= {'file': self.source.path.name, 'then': self.then}
+        settings |= {'file': self.source.path.name, **({'then': self.then} if self.then else {})}
         write(path, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
 
     @contextmanager

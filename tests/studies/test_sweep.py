@@ -136,7 +136,6 @@ def test_all_kinds_of_cells_once(capsys):
         'goal': 'max',
         'points': 'max_duration',
         'file': 's.yaml',
-        'then': [],
     }
     assert yaml.safe_load(Path('runs/s/study.yaml').read_text()) == settings
 
