@@ -2,6 +2,7 @@
 
 import gc
 import multiprocessing
+import signal
 import warnings
 
 import pytest
@@ -34,3 +35,17 @@ def workers_are_ended():
         for thing in gc.get_objects():
             if type(thing) is _MultiProcessingDataLoaderIter:
                 thing._shutdown_workers()
+
+
+@pytest.fixture
+def heeded():
+    """Has a signal heeded, which whoever started the tests may have ignored; the handler."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+
+    def heed(number):
+        signal.signal(number, signal.default_int_handler)
+        return signal.getsignal(number)
+
+    yield heed
+    for number, handler in handlers.items():
+        signal.signal(number, handler)

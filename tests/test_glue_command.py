@@ -438,7 +438,7 @@ time.sleep(99)
 
 
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_whoever_ends_the_command_ends_its_runs(checkpoint, monkeypatch, number):
+def test_whoever_ends_the_command_ends_its_runs(checkpoint, monkeypatch, heeded, number):
     started = []
     popen = subprocess.Popen
 
@@ -456,7 +456,7 @@ def test_whoever_ends_the_command_ends_its_runs(checkpoint, monkeypatch, number)
     monkeypatch.setattr(jobs, '_SECONDS_TO_END', 1)
     monkeypatch.setattr(subprocess, 'Popen', start_sleeper)
     monkeypatch.setattr(time, 'sleep', end_once_started)
-    before = signal.getsignal(number)
+    before = heeded(number)
     assert cli.main(['glue', checkpoint, '--recipes', str(YAMLS), '--tasks', 'cola']) == 130
     assert signal.getsignal(number) == before
     assert len(started) == 1 and started[0].returncode == -signal.SIGTERM

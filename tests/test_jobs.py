@@ -211,20 +211,6 @@ def test_one_that_is_to_end_ends(scripts, monkeypatch):
         assert processes.running == [other] and processes.free == 1
 
 
-@pytest.fixture
-def heeded():
-    """Has a signal heeded, which whoever started the tests may have ignored; the handler."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-
-    def heed(number):
-        signal.signal(number, signal.default_int_handler)
-        return signal.getsignal(number)
-
-    yield heed
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-
-
 def test_a_signal_that_is_ignored_stays_so(scripts, heeded):
     """As with nohup."""
     heeded(signal.SIGHUP)
