@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,6 +46,7 @@ class Cell:
         settings: Dotted keys that vary in the study, and their values here.
         is_baseline: Whether it is of the method that the others are compared with.
         after: The names of cells that must be finished first.
+        ground: Of each, what decides what it leaves, as `digest`.
         out: Of a record, its folder.
         arm: Of a sequence, which one of those that are compared.
         step: Of a sequence, its place in it, from 0.
@@ -61,6 +64,7 @@ class Cell:
     settings: dict[str, Any] = field(default_factory=dict)
     is_baseline: bool = False
     after: list[str] = field(default_factory=list)
+    ground: dict[str, str] = field(default_factory=dict)
     out: Path | None = None
     arm: str | None = None
     step: int | None = None
@@ -103,8 +107,9 @@ class Cell:
         own = _with_known_teachers(file, own, after)
         recipe, plan = _checked(file, own, after)
         command = [str(file), *map(str, own)]
-        names = [cell.name for cell in after]
-        return cls(study, name, method, role, command, recipe, plan, recipe.config['seed'], after=names, **more)
+        made = cls(study, name, method, role, command, recipe, plan, recipe.config['seed'], **more)
+        made.wait_for(*after)
+        return made
 
     @classmethod
     def of_record(
@@ -142,8 +147,28 @@ class Cell:
         options = [] if views is None else ['--views', str(views.value)]
         options += [*([] if top is None else ['--top', str(top)]), '--out', str(out)]
         command = ['record', str(file), *map(str, own), *options]
-        names = [cell.name for cell in after]
-        return cls(study, name, method, 'record', command, recipe, plan, recipe.config['seed'], after=names, out=out)
+        made = cls(study, name, method, 'record', command, recipe, plan, recipe.config['seed'], out=out)
+        made.wait_for(*after)
+        return made
+
+    def wait_for(self, *others: Cell) -> None:
+        """Have it begin after others."""
+        for other in others:
+            if other.name not in self.ground:
+                self.after.append(other.name)
+                self.ground[other.name] = other.digest
+
+    @property
+    def digest(self) -> str:
+        """A SHA-256 of what decides what it leaves: its recipe, options of a record, and the cells before it."""
+        options = self.command[2:] if self.role == 'record' else []
+        content = json.dumps([self._config, options, self.ground], sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+    @property
+    def _config(self) -> dict[str, Any]:
+        """The recipe, but for where its run lies."""
+        return {key: value for key, value in self.recipe.config.items() if key not in ('runs_dir', 'run_name')}
 
     @property
     def folder(self) -> Path:
@@ -204,7 +229,7 @@ class Cell:
             'seed': self.seed,
             'status': 'finished' if error is None else 'failed',
             'command': self.command,
-            'config': {k: v for k, v in self.recipe.config.items() if k not in ('runs_dir', 'run_name')},
+            'config': self._config,
             'metrics': summary.get('metrics', {}),
             **{name: summary.get(name) for name in _OF_THE_RUN},
             'recording_seconds': sum(record['seconds'] for record in records),
@@ -212,6 +237,7 @@ class Cell:
             'arm': self.arm,
             'step': self.step,
             'of': self.of,
+            'ground': self.ground,
         }
         if records:
             row['teacher_training_seconds'] += sum(record['teacher_training_seconds'] for record in records)
@@ -241,6 +267,23 @@ class Cell:
             return [read_summary(path) for record in records if (path := record / SUMMARY).is_file()]
         except RecordError as error:
             raise self.recipe.error((), str(error), 1) from error
+
+
+def check_ground(cell: Cell, before: Mapping[str, Any] | None) -> None:
+    """See whether what a finished run went on from, or learned from, is still made as it was.
+
+    Args:
+        cell: The run.
+        before: Its row, if it has one.
+
+    Raises:
+        RecipeError: It is a run after others than there are now.
+    """
+    then = (before or {}).get('ground') or {}
+    for name, digest in cell.ground.items():
+        if then.get(name, digest) != digest:
+            message = f'{cell.folder} is of a run after {name}, which had another recipe then; delete it'
+            raise cell.recipe.error((), message, 1)
 
 
 def _loaded(file: Path, overrides: Sequence[Override]) -> Recipe:

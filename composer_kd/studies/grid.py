@@ -24,6 +24,7 @@ _TEACHER = ('recipe', 'seeds', 'overrides')
 _FOLLOW_UP = ('recipe', 'overrides')
 
 _RUN = '${run}'
+_METRICS = ('metrics', 'loss')  # how the names of a run's metrics begin
 
 _FIRST_SEED = 17
 _LONGEST_NAME = 200
@@ -71,6 +72,12 @@ class _Sweep:
         if len(baselines) != 1:
             which = f', not {", ".join(baselines)}' if baselines else ''
             raise study.error(('methods',), f'one method has `baseline: true`{which}; the others are compared with it')
+        for name in study.then:
+            if name in _METRICS:
+                raise study.error(('then', name), 'is how metrics begin; choose another name')
+        if study.judge is None and study.metric.partition('/')[0] not in _METRICS:
+            known = ' or '.join([*_METRICS, *study.then])
+            raise study.error(('metric',), f'must begin with {known}, not {study.metric!r}')
         waited_for = {name for method in methods for name in self._after(method)}
         for name in teachers:
             if name not in waited_for:
@@ -176,8 +183,7 @@ class _Sweep:
     def _add_with_teachers(self, cell: Cell, key: Key) -> Cell:
         """Add a cell, and before it those of the runs by whose recipes it is taught."""
         for teacher in self._taught_by(cell.plan, cell.method, key):
-            if teacher.name not in cell.after:
-                cell.after.append(teacher.name)
+            cell.wait_for(teacher)
         return self._add(cell, key)
 
     def _taught_by(self, plan: Plan, method: str, key: Key) -> list[Cell]:

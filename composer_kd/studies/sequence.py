@@ -13,7 +13,7 @@ from composer_kd.recipes.report import is_evaluation
 from composer_kd.studies.accounting import evaluations, quality, seconds_spent, table, with_costs
 from composer_kd.studies.arms import Arm, read_sequence
 from composer_kd.studies.arms import Sequence as Plan
-from composer_kd.studies.cell import Cell
+from composer_kd.studies.cell import Cell, check_ground
 from composer_kd.studies.predecessors import Lesson, Predecessor, forget_records
 from composer_kd.studies.rows import RESULTS_FILE, read_rows, write_rows
 from composer_kd.studies.search import Search
@@ -174,6 +174,7 @@ class _Driver:
         if is_to_end():
             return True
         if cell.finished():
+            check_ground(cell, self._before.get(cell.name))
             return False
         forget_records(self._study, cell)
         taught.link()

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from composer_kd.jobs import tail
 from composer_kd.recipes.load import RecipeError
-from composer_kd.studies.cell import Cell
+from composer_kd.studies.cell import Cell, check_ground
 from composer_kd.studies.grid import read_sweep
 from composer_kd.studies.launcher import Launcher, LocalLauncher
 from composer_kd.studies.rows import RESULTS_FILE, read_rows, write_rows
@@ -63,7 +63,7 @@ def sweep(
     else:
         starter = LocalLauncher(jobs, gpus_per_job)
     with study.locked():
-        study.write()
+        study.write([cell.name for cell in cells if cell.role == 'student'])
         return _Driver(study, cells, starter, retry).work()
 
 
@@ -127,13 +127,14 @@ class _Driver:
 
     def _rows_before(self, retry: bool) -> dict[str, dict[str, Any]]:
         """The rows of what is finished, and of what failed and is not to be started again."""
-        failed = {row['cell']: row for row in self._before if row['status'] == 'failed'}
+        known = {row['cell']: row for row in self._before}
         rows = {}
         for cell in self._cells:
-            before = failed.get(cell.name)
+            before = known.get(cell.name)
             if summary := cell.finished():
+                check_ground(cell, known.get(cell.name))
                 rows[cell.name] = self._row(cell, summary)
-            elif before and before['command'] == cell.command and not retry:
+            elif before and before['status'] == 'failed' and before['command'] == cell.command and not retry:
                 rows[cell.name] = before
         return rows
 

@@ -109,6 +109,12 @@ def test_steps_of_other_sizes_and_a_pool_whose_records_are_shared(in_process):
     assert in_process.names()[-2:] == ['all-0', 'all-3']
     assert [row['metrics'] for row in again] == [row['metrics'] for row in rows]
 
+    shutil.rmtree('runs/s/all-0')  # of another size, it would have taught the next ones something else
+    Path('s.yaml').write_text(Path('s.yaml').read_text().replace('width: 4', 'width: 5'))
+    message = 'runs/s/all-1 is of a run after all-0, which had another recipe then; delete it'
+    with pytest.raises(RecipeError, match=message):
+        sequence('s.yaml')
+
 
 @pytest.mark.parametrize('rule', ['best', '{top: 2}'])
 def test_a_search_whose_best_runs_teach_the_next(in_process, rule):

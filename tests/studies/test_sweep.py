@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -136,6 +137,7 @@ def test_all_kinds_of_cells_once(capsys):
         'goal': 'max',
         'points': 'max_duration',
         'file': 's.yaml',
+        'students': [name for name, row in rows.items() if row['role'] == 'student'],
     }
     assert yaml.safe_load(Path('runs/s/study.yaml').read_text()) == settings
 
@@ -198,6 +200,12 @@ def test_a_student_can_be_judged_by_a_run_that_goes_on_from_it(capsys):
     for options, row in ([], more), (['--metric', METRIC], student):
         assert cli.main(['report', 'runs/s', *options]) == 0
         assert f'{100 * row["metrics"][METRIC]:.2f}' in Path('runs/s/report.md').read_text().partition('## How')[0]
+
+    Path('s.yaml').write_text(text.replace('baseline: true', 'baseline: true, overrides: {model.width: 3}'))
+    shutil.rmtree('runs/s/baseline-seed1')
+    message = 'runs/s/baseline-seed1-more is of a run after baseline-seed1, which had another recipe then; delete it'
+    with pytest.raises(RecipeError, match=message):
+        sweep('s.yaml')
 
 
 def test_a_run_that_ends_badly_after_all_is_written_is_finished(monkeypatch):
