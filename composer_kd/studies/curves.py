@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -37,6 +37,7 @@ class Results:
         goal: Whether more of it is better, or less.
         points: The key in which the runs of one curve differ.
         rows: Of all runs that have ended.
+        expected: Names of the runs that are compared, as far as they were known before there was any.
     """
 
     folder: Path
@@ -46,11 +47,16 @@ class Results:
     goal: Goal
     points: str | None
     rows: list[Row]
+    expected: Sequence[str] = ()
 
     @property
     def students(self) -> list[Row]:
         """The rows of what is compared."""
         return [row for row in self.rows if row['role'] == 'student']
+
+    def judged(self) -> list[Row]:
+        """The rows but of what goes on from students: what became of that, students say if they are judged by it."""
+        return [row for row in self.rows if row['role'] != 'follow-up']
 
     def quality(self, row: Row) -> float:
         """The metric of a finished run; NaN if it has none, or was not finished.
@@ -231,17 +237,10 @@ def courses(results: Sequence[Results]) -> list[Course]:
     return found
 
 
-def missing(results: Results, among: Sequence[Line]) -> Iterator[str]:
-    """Runs of a sweep that have not ended yet: what other curves have, by length and seed."""
-    ours = [line for line in among if line.results is results]
-    rows = results.students
-    lengths, seeds = (dict.fromkeys(values) for values in (map(results.length, rows), (row['seed'] for row in rows)))
-    for line in ours:
-        there = {(results.length(row), row['seed']) for row in (*line.rows, *line.others)}
-        for length in lengths:
-            for seed in seeds:
-                if (length, seed) not in there:
-                    yield f'{line.name}, {length}, seed {seed}'
+def missing(results: Results) -> list[str]:
+    """Names of the runs of a sweep that have not ended yet."""
+    there = {row['cell'] for row in results.students}
+    return [name for name in results.expected if name not in there]
 
 
 def _results(folder: Path, metric: str | None, goal: str | None) -> Results:
@@ -264,7 +263,11 @@ def _results(folder: Path, metric: str | None, goal: str | None) -> Results:
     rows: Sequence[Row | None] = found
     if (judge := str(values['metric']).partition('/')[0]) in (config.get('then') or []):
         rows = _judged(found, judge)
-    results = Results(folder, **values, rows=[row for row in rows if row])  # type: ignore[arg-type]
+    expected = config.get('students', [])
+    if not isinstance(expected, list) or not all(isinstance(name, str) for name in expected):
+        raise source.error(('students',), 'must be names of runs', 1)
+    ended = [row for row in rows if row]
+    results = Results(folder, **values, rows=ended, expected=expected)  # type: ignore[arg-type]
     for number, row in enumerate(rows, 1):
         if row:
             _check(results, row, f'{folder / RESULTS_FILE}:{number}')
@@ -273,6 +276,8 @@ def _results(folder: Path, metric: str | None, goal: str | None) -> Results:
         if any(row['status'] == 'failed' for row in results.students):
             todo = f'see {folder / RESULTS_FILE} for what failed'
         raise RecipeError(f'{folder}: no run of this study is finished; {todo}', 1)
+    if all(math.isnan(results.quality(row)) for row in results.students):
+        raise RecipeError(f'{folder}: no finished run of this study has a finite {results.metric}', 1)
     return results
 
 
@@ -306,7 +311,8 @@ def _judged(rows: Sequence[Row], judge: str) -> list[Row | None]:
             return None
         then = of[row['cell']]
         metrics = {f'{judge}/{name}': value for name, value in then['metrics'].items()}
-        return {**row, 'metrics': metrics, 'status': then['status'], 'error': then['error']}
+        error = then['error'] and f'{then["error"].rstrip()} ({then["cell"]})'
+        return {**row, 'metrics': metrics, 'status': then['status'], 'error': error}
 
     return [judged(row) for row in rows]
 

@@ -16,7 +16,7 @@ from composer_kd.studies.report_words import Metric, metric_of, seconds_text, se
 Trace = dict[str, Any]
 Figure = dict[str, Any]
 
-SYMBOLS = ('circle', 'square', 'diamond', 'triangle-up', 'cross', 'x', 'star', 'hexagon', 'pentagon')
+SYMBOLS = ('circle', 'square', 'diamond', 'cross', 'x', 'star', 'hexagon', 'pentagon')
 MUTED = 'muted'
 
 _COLOURS = 8

@@ -86,7 +86,7 @@ def find(folders: Sequence[str | Path], charge: Charge, metric: str | None = Non
             raise RecipeError(f'{folders[0]}: what teaches in a sequence are its own runs, which are charged; {todo}')
         return Findings(results, charge, [], _courses(courses(results)), [])
     found = lines(results, charge)
-    not_there = [run for one in results for run in missing(one, found)]
+    not_there = [run for one in results for run in missing(one)]
     return Findings(results, charge, _lines(found), [], not_there)
 
 

@@ -15,7 +15,7 @@ from composer_kd.studies.report_findings import Findings
 from composer_kd.studies.report_tables import Table
 from composer_kd.studies.report_words import ONCE, answer, beside_it, charge_text, course_sentence, metric_of, sentence
 
-_MARKS = '●■◆▲✚✖★⬢⬟'  # as the figures have them
+_MARKS = '●■◆✚✖★⬢⬟'  # as the figures have them
 _TEMPLATE = Path(__file__).with_name('report_page.html')
 
 _TIME = (

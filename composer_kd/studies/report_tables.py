@@ -175,7 +175,7 @@ def warnings(findings: Findings) -> list[str]:
         places = {f'{row.get("world_size")} x {row.get("device")}' for row in results.students if row.get('device')}
         if len(places) > 1:
             said.append(f'{results.name}: runs on different hardware ({", ".join(sorted(places))}) do not compare.')
-        for row in results.rows:
+        for row in results.judged():
             if row['status'] == 'failed':
                 last = (row['error'] or '').strip().splitlines()[-1:]
                 said.append(f'{row["cell"]} failed and is left out: {"".join(last) or "see its log"}')

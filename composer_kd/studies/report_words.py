@@ -107,16 +107,20 @@ def beside_it(findings: Findings) -> str:
     compared = [found for found in findings.lines if found.comparison]
     said = []
     if len(compared) > 1:
-        sooner = sum(_rank(found) > (2, 1.0) for found in compared)
-        said.append(f'Of {len(compared)} curves {sooner} reach the best of the baseline sooner; this is the quickest.')
+        sooner = [found for found in compared if _rank(found) > (2, 1.0)]
+        surely = sum(bool(of.interval) and of.interval[0] > 1 for found in sooner if (of := found.comparison))
+        what = f'{len(sooner)} reach the best of the baseline sooner, {surely} of them by more than their seeds explain'
+        said.append(f'Of {len(compared)} curves {what}; this is the quickest.')
     seeds = max((len(set(found.line.runs.seeds)) for found in compared), default=0)
     if 1 < seeds < _ENOUGH_SEEDS:
         said.append(f'Intervals of {seeds} seeds are rough, and rather too narrow.')
-    failed = sum(row['status'] == 'failed' for results in findings.results for row in results.rows)
+    failed = sum(row['status'] == 'failed' for results in findings.results for row in results.judged())
     if failed or findings.missing:
         said.append(f'Not all runs are in it: {failed} failed, {len(findings.missing)} are not there yet.')
     if findings.courses:
         said.append('Each arm is one sequence of runs: how much another one would differ is not known.')
+    if findings.results[0].goal == 'min':
+        said.append('Less of it is better.')
     return ' '.join(said)
 
 

@@ -11,8 +11,9 @@ from typing import Any
 
 import yaml
 
-from composer_kd.files import FileLock, write
+from composer_kd.files import FileLock, remove_unfinished, write
 from composer_kd.recipes.load import Recipe, RecipeError, as_override, nearest, read
+from composer_kd.studies.rows import RESULTS_FILE, TABLE_FILE
 
 COMMON = ('name', 'runs_dir', 'metric', 'goal', 'overrides')
 GOALS = ('max', 'min')
@@ -81,6 +82,7 @@ class Study:
             if key not in known:
                 raise source.error((key,), f'a {kind} has no {key!r}; {nearest(key, known)}')
         values = {'name': source.path.stem, 'runs_dir': 'runs', 'goal': 'max', **config}
+        values['runs_dir'] = expanded(values['runs_dir'])
         if 'metric' not in values:
             raise source.error((), 'say what is compared, for instance metric: metrics/eval/MulticlassAccuracy')
         for key in ('name', 'runs_dir', 'metric', 'goal'):
@@ -162,7 +164,7 @@ class Study:
             instead = 'seeds' if self.kind == 'sweep' else 'seed'
             todo = f'give `{instead}` instead' if name == 'seed' else 'remove it'
             raise self.error(key, f'{name} is chosen by the command itself; {todo}')
-        return Override(name, value, self.source.where(key))
+        return Override(name, expanded(value), self.source.where(key))
 
     def recipe(self, key: Sequence[object]) -> Path:
         """The recipe whose path, from this file on, stands at a key.
@@ -178,8 +180,11 @@ class Study:
             raise self.error(key, f'there is no file {path}; give the path of a recipe')
         return path
 
-    def write(self) -> None:
+    def write(self, students: Sequence[str] = ()) -> None:
         """Write down in the study's folder what its results mean.
+
+        Args:
+            students: Names of the runs that are compared, as far as they are known before there is any.
 
         Raises:
             RecipeError: It is the folder of something else.
@@ -194,7 +199,8 @@ class Study:
             todo = f'choose another name, or delete {path} if that file has a new one'
             raise self.error(('name',), f'{self.folder} is the folder of the study in {file}; {todo}')
         settings = {name: getattr(self, name) for name in ('name', 'kind', 'metric', 'goal', 'points')}
-        settings |= {'file': self.source.path.name, **({'then': self.then} if self.then else {})}
+        settings |= {'file': self.source.path.name}
+        settings |= {key: names for key, names in (('then', self.then), ('students', [*students])) if names}
         write(path, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
 
     @contextmanager
@@ -213,9 +219,20 @@ class Study:
             todo = 'wait until it is done, or choose another name'
             raise self.error(('name',), f'another command is at work on the study in {self.folder}; {todo}', 1)
         try:
+            for name in (SETTINGS_FILE, RESULTS_FILE, TABLE_FILE):
+                remove_unfinished(self.folder, name)
             yield
         finally:
             lock.release()
+
+
+def expanded(value: Any) -> Any:
+    """A value of a study file, with variables of the environment (`$DATA`) as Composer's launcher fills them in."""
+    if isinstance(value, dict):
+        return {key: expanded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [expanded(item) for item in value]
+    return os.path.expandvars(value) if isinstance(value, str) else value
 
 
 def filled_in(value: Any, name: str, text: str) -> Any:

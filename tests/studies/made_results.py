@@ -26,10 +26,13 @@ def row(method, seed, quality, seconds, *, settings=None, metric=METRIC, **more)
     }
 
 
-def study(folder, rows, *, name='made', kind='sweep', metric=METRIC, goal='max', points='max_duration', then=()):
+def study(
+    folder, rows, *, name='made', kind='sweep', metric=METRIC, goal='max', points='max_duration', then=(), students=()
+):
     """Write the folder of a study."""
     folder.mkdir(parents=True, exist_ok=True)
-    settings = {'name': name, 'kind': kind, 'metric': metric, 'goal': goal, 'points': points, 'then': [*then]}
+    settings = {'name': name, 'kind': kind, 'metric': metric, 'goal': goal, 'points': points}
+    settings |= {'then': [*then], 'students': [*students]}
     (folder / 'study.yaml').write_text(yaml.safe_dump(settings))
     write_rows(folder, [{**row, 'study': name} for row in rows])
     return folder

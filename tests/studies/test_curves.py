@@ -74,12 +74,15 @@ def test_what_a_run_is_charged(tmp_path, charge, seconds):
     assert line.runs.seconds == [seconds]
 
 
-def test_what_other_curves_have_and_one_has_not_is_missing(tmp_path):
+def test_what_was_to_be_run_and_has_no_row_is_missing(tmp_path):
     rows = sweep({'baseline': (1, 0), 'kd': (1, 0)}, lengths=(2, 4), seeds=(1, 2))
+    students = [row['cell'] for row in rows]
     gone, failed = rows.pop(), rows[0]
     failed |= {'status': 'failed', 'error': 'x'}
-    results = read(study(tmp_path, rows))
-    assert [*missing(results[0], lines(results))] == [f'kd, {gone["settings"]["max_duration"]}, seed {gone["seed"]}']
+    (results,) = read(study(tmp_path, rows, students=students))
+    assert missing(results) == [gone['cell']]
+    (results,) = read(study(tmp_path, rows))  # which says nothing of what was to be run
+    assert missing(results) == []
 
 
 def test_several_studies_are_put_together(tmp_path):
@@ -127,7 +130,8 @@ def test_students_are_judged_by_what_goes_on_from_them(tmp_path):
         row('tuned', 2, 0.9, **then, of='kd-seed2', status='failed', error='no disk'),
         row('other', 3, 0.9, **then, of='kd-seed3'),
     ]
-    folder = study(tmp_path, rows, metric='tuned/metrics/eval/F1', then=['tuned', 'other'])
+    students = [row['cell'] for row in rows[:4]]
+    folder = study(tmp_path, rows, metric='tuned/metrics/eval/F1', then=['tuned', 'other'], students=students)
     for each in rows[4:]:
         each['metrics'] = {'metrics/eval/F1': each['metrics'][METRIC]}
     write_rows(folder, rows)
@@ -135,8 +139,9 @@ def test_students_are_judged_by_what_goes_on_from_them(tmp_path):
     assert [r['seed'] for r in results.students] == [1, 2, 4]  # nothing has gone on from the third one yet
     (line,) = lines([results])
     assert ([*line.runs.seconds], [*line.runs.quality]) == ([5.0], [0.8])  # not 1 second: what is timed is the student
-    assert [(r['status'], r['error']) for r in line.others] == [('failed', 'no disk'), ('failed', 'out of memory')]
-    assert [*missing(results, [line])] == []
+    assert [r['error'] for r in line.others] == ['no disk (tuned-seed2)', 'out of memory']
+    assert {r['status'] for r in line.others} == {'failed'} and missing(results) == ['kd-seed3']
+    assert [r['cell'] for r in results.judged()] == ['kd-seed1', 'kd-seed2', 'kd-seed4']
 
     (results,) = read_results([folder], METRIC, 'min')
     assert results.goal == 'min' and [results.quality(r) for r in results.students[:3]] == [0.1] * 3

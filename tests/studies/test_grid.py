@@ -65,12 +65,22 @@ def test_what_goes_on_from_a_student_follows_it():
         (("'${run}/x.pt'", 'x.pt'), r's.yaml:8: then.on: nothing in its `overrides` says \${run}'),
         (('recipe: recipes/base.yaml, ', ''), 's.yaml:8: then.on.recipe: must be the path of a recipe'),
         (('overrides:', 'seeds: [1], overrides:'), "s.yaml:8: then.on.seeds: there is no 'seeds' here"),
+        (('on:', 'metrics:'), 's.yaml:8: then.metrics: is how metrics begin; choose another name'),
         (('max_duration: 9ba', 'max_duratio: 9ba'), "s.yaml:8: max_duratio: .*did you mean 'max_duration'"),
     ],
 )
 def test_mistakes_in_what_goes_on(change, said):
     with pytest.raises(RecipeError, match=said):
         cells_of(SWEEP + THEN.replace(*change))
+
+
+def test_variables_of_the_environment_are_those_that_the_runs_see(monkeypatch):
+    monkeypatch.setenv('SCRATCH', 'scratch')
+    text = SWEEP.replace('  baseline: {', "  baseline: {overrides: {eval_data.split: '$SPLIT'}, ")
+    monkeypatch.setenv('SPLIT', 'test')
+    cells = cells_of("runs_dir: '$SCRATCH/runs'\n" + text)
+    cell = cells['baseline-2ba-seed1']
+    assert str(cell.folder) == 'scratch/runs/s/baseline-2ba-seed1' and 'eval_data.split=test' in cell.command
 
 
 def test_methods_by_points_by_seeds():
@@ -268,6 +278,10 @@ MISTAKES = {
     'no evaluation': (
         (', baseline', ', overrides: {eval_data: null}, baseline'),
         's.yaml:7: eval_data: there is none, so',
+    ),
+    'metric of nothing': (
+        (f'metric: {METRIC}', 'metric: eval/F1'),
+        "s.yaml:1: metric: must begin with metrics or loss, not 'eval/F1'",
     ),
     'no mapping': ('  kd: [1]\n', 's.yaml:8: methods.kd: must be a mapping, not [1]'),
     'YAML': ('methods: {}\n', 's.yaml:8: methods: given twice, first in line 6; remove one'),
