@@ -1,6 +1,7 @@
 """The row of a study, a folder of `composer-kd sweep` or `sequence`: what each of its runs took, and reached."""
 
 import argparse
+import math
 from typing import Any
 
 from row import row
@@ -15,16 +16,25 @@ def main() -> None:
     parser.add_argument('--metric', help='default: what the study says')
     arguments = parser.parse_args()
     (results,) = read_results([arguments.folder], arguments.metric)
-    commits = sorted({str(each['git_commit']) for each in results.rows})
     runs = {each['cell']: _figures(results, each) for each in results.rows}
-    print(row('study', study=results.name, metric=results.metric, git_commit_of_runs=commits, runs=runs))
+    of_runs = {key: _all(results, key) for key in ('git_commit', 'device', 'world_size', 'versions')}
+    print(row('study', study=results.name, metric=results.metric, of_runs=of_runs, runs=runs))
+
+
+def _all(results: Results, key: str) -> list[Any]:
+    """Every value that runs have there."""
+    found = []
+    for each in results.rows:
+        if each[key] is not None and each[key] not in found:
+            found.append(each[key])
+    return found
 
 
 def _figures(results: Results, each: dict[str, Any]) -> dict[str, Any]:
     keys = ('train_seconds', 'teacher_seconds', 'teacher_forwards')
     seconds = {key: each[key] and round(each[key], 3) for key in keys}
-    is_judged = each['role'] == 'student' and each['status'] == 'finished'
-    return {'status': each['status'], **seconds, **({'quality': results.quality(each)} if is_judged else {})}
+    figures = {'status': each['status'], 'parameters': each['parameters'], **seconds}
+    return figures | ({} if math.isnan(quality := results.quality(each)) else {'quality': quality})
 
 
 if __name__ == '__main__':

@@ -251,10 +251,12 @@ def test_study(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, 'argv', ['study.py', str(study(tmp_path, rows))])
     runpy.run_path(str(ROOT / 'benchmarks' / 'study.py'), run_name='__main__')
     said = json.loads(capsys.readouterr().out)
-    assert said['benchmark'] == 'study' and said['study'] == 'made' and said['git_commit_of_runs'] == ['abc', 'def']
-    seconds = {'teacher_seconds': 0.0, 'teacher_forwards': 0}
+    assert said['benchmark'] == 'study' and said['study'] == 'made'
+    of_runs = {'git_commit': ['abc', 'def'], 'device': ['cpu'], 'world_size': [1], 'versions': [{'torch': '2.7'}]}
+    assert said['of_runs'] == of_runs
+    seconds = {'parameters': 1000, 'teacher_seconds': 0.0, 'teacher_forwards': 0}
     assert said['runs'] == {
         'kd-seed1': {'status': 'finished', 'train_seconds': 2.0, **seconds, 'quality': 0.5},
         'kd-seed2': {'status': 'failed', 'train_seconds': 1.0, **seconds},
-        'teacher-seed3': {'status': 'finished', 'train_seconds': 4.0, **seconds},
+        'teacher-seed3': {'status': 'finished', 'train_seconds': 4.0, **seconds, 'quality': 0.9},
     }
