@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -125,6 +125,28 @@ class MeanLogits:
 Logits = Tensor | DeferredLogits | MeanLogits
 
 
+@dataclass(eq=False)
+class EachLogits:
+    """Several logits of one shape, of each of which a loss is taken by itself: the mean is that of the losses.
+
+    Args:
+        members: At least one.
+        weights: Above 0, one for each, and 1 in all.
+    """
+
+    members: Sequence[Logits | TopKLogits]
+    weights: Sequence[float]
+
+    @property
+    def shape(self) -> torch.Size:
+        """(M, V)."""
+        return self.members[0].shape
+
+    def detach(self) -> EachLogits:
+        """The same without gradient."""
+        return EachLogits([member.detach() for member in self.members], self.weights)
+
+
 def part(logits: Logits, rows: slice = _ALL, columns: slice = _ALL) -> Tensor:
     """Some of the logits, or all, whatever they are."""
     return logits[rows, columns] if isinstance(logits, Tensor) else logits.part(rows, columns)
@@ -134,7 +156,7 @@ def vocabulary_loss(
     *,
     student_logits: DeferredLogits,
     labels: Tensor,
-    teacher_logits: Logits | TopKLogits | None = None,
+    teacher_logits: Logits | TopKLogits | EachLogits | None = None,
     kd_loss: KDLoss = losses.kl,
     kd_weight: float = 0.0,
     label_weight: float = 1.0,
@@ -147,7 +169,8 @@ def vocabulary_loss(
         student_logits: Shape (M, V).
         labels: Classes, int64, shape (M,); every position counts.
         teacher_logits: As the student's; no gradient reaches them. Of those of which the k largest are known, `kd_loss`
-            is `kl`, which then stands for `losses.topk_kl`. Default: none, which leaves the cross entropy.
+            is `kl`, which then stands for `losses.topk_kl`. Of `EachLogits`, the losses are averaged. Default: none,
+            which leaves the cross entropy.
         kd_loss: One of `losses` with its options bound (`functools.partial(kl, temperature=2.0)`), or any function of
             `student_logits` and `teacher_logits` that is a mean over positions. Default: `kl`.
         kd_weight: Weight of the distillation loss. Default: 0.
@@ -169,8 +192,9 @@ def vocabulary_loss(
     for name, shape in (('labels', labels.shape), ('teacher_logits', getattr(teacher_logits, 'shape', None))):
         if shape is not None and tuple(shape) != (positions, words)[: len(shape)]:
             raise ValueError(f'{name} {tuple(shape)} do not fit student_logits {(positions, words)}')
-    if isinstance(teacher_logits, TopKLogits):
-        _check_topk(teacher_logits, kd_loss, sequences)
+    for one in teacher_logits.members if isinstance(teacher_logits, EachLogits) else [teacher_logits]:
+        if isinstance(one, TopKLogits):
+            _check_topk(one, kd_loss, sequences)
     teacher = None if teacher_logits is None else teacher_logits.detach()
     by_rows = [(slice(i, i + chunk_size), _ALL) for i in range(0, positions, chunk_size)]
     by_columns: list[tuple[slice, slice]] = []
@@ -192,9 +216,27 @@ class _Terms:
 
     labels: Tensor
     label_weight: float
-    teacher: Logits | TopKLogits | None
+    teacher: Logits | TopKLogits | EachLogits | None
     kd_loss: KDLoss
     kd_weight: float
+
+    @property
+    def share_softmax(self) -> bool:
+        """Whether the student's softmax is the same in both: of `kl` at temperature 1, from all logits of a teacher."""
+        is_whole = self.teacher is not None and not isinstance(self.teacher, TopKLogits | EachLogits)
+        return is_whole and _temperature_of_kl(self.kd_loss) == 1.0
+
+    def both(self, logits: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """The cross entropy, `losses.kl`, and the gradient of their weighted sum, if they share the softmax."""
+        assert self.teacher is not None and not isinstance(self.teacher, TopKLogits | EachLogits)
+        labels = self.labels[rows, None]
+        q, log_sum = _softmax(logits)
+        label = (log_sum - logits.gather(-1, labels)).sum()
+        teacher = _float(part(self.teacher, rows))
+        p, teacher_log_sum = _softmax(teacher)
+        gradient = q.mul_(self.label_weight + self.kd_weight).sub_(p, alpha=self.kd_weight)
+        gradient.scatter_add_(-1, labels, torch.full_like(labels, -self.label_weight, dtype=logits.dtype))
+        return label, _expectation(p, teacher - logits) + (log_sum - teacher_log_sum).sum(), gradient
 
     def label(self, logits: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         """The cross entropy and its gradient, `softmax(logits) - onehot(labels)`."""
@@ -209,6 +251,12 @@ class _Terms:
         assert self.teacher is not None
         if gradient is None:
             gradient = torch.zeros_like(logits)
+        if isinstance(self.teacher, EachLogits):
+            value = logits.new_zeros(())
+            for member, weight in zip(self.teacher.members, self.teacher.weights, strict=True):
+                of_member = replace(self, teacher=member, kd_weight=self.kd_weight * weight)
+                value += weight * of_member.kd(logits.clone(), rows, columns, gradient)[0]
+            return value, gradient
         temperature = _temperature_of_kl(self.kd_loss)
         if isinstance(self.teacher, TopKLogits):
             assert temperature is not None, 'was checked'
@@ -231,9 +279,8 @@ class _Terms:
         del q
         p, teacher_log_sum = _softmax(teacher)
         gradient.add_(p, alpha=-scale)
-        # Where the teacher rules out a word, p is 0 and its logit -inf: their product counts 0.
-        difference = teacher.sub_(logits).clamp_(min=torch.finfo(p.dtype).min)
-        return (p.mul_(difference).sum() + (log_sum - teacher_log_sum).sum()) * temperature * temperature
+        expectation = _expectation(p, teacher.sub_(logits))
+        return (expectation + (log_sum - teacher_log_sum).sum()) * temperature * temperature
 
     def _topk_kl(self, logits: Tensor, teacher: TopKLogits, temperature: float, gradient: Tensor) -> Tensor:
         """`losses.topk_kl`: `losses.kl` of the chosen words, and of one that stands for the rest."""
@@ -277,12 +324,16 @@ class _InChunks(torch.autograd.Function):
         sums = torch.zeros(2, dtype=torch.promote_types(dtype, torch.float32), device=hidden.device)
         for rows, columns, with_label, with_kd in plan:
             logits, gradient = _float(student.part(rows, columns)), None
-            if with_label:
-                value, gradient = terms.label(logits, rows)
-                sums[0] += value
-            if with_kd:
-                value, gradient = terms.kd(logits, rows, columns, gradient)
-                sums[1] += value
+            if with_label and with_kd and terms.share_softmax:
+                label, kd, gradient = terms.both(logits, rows)
+                sums += torch.stack([label, kd])
+            else:
+                if with_label:
+                    value, gradient = terms.label(logits, rows)
+                    sums[0] += value
+                if with_kd:
+                    value, gradient = terms.kd(logits, rows, columns, gradient)
+                    sums[1] += value
             del logits
             assert gradient is not None, 'every chunk has a term'
             # Of sums over positions, not of means, and larger still in float16, whose digits end at 6e-8.
@@ -354,6 +405,11 @@ def _add_product(to: Tensor, a: Tensor, b: Tensor) -> None:
         to.addmm_(a, b)  # without room for the product
     else:
         to += a @ b
+
+
+def _expectation(p: Tensor, difference: Tensor) -> Tensor:
+    """The sum of the products, which overwrites both: 0 where p is, and the difference -inf."""
+    return p.mul_(difference.clamp_(min=torch.finfo(p.dtype).min)).sum()
 
 
 def _softmax(logits: Tensor) -> tuple[Tensor, Tensor]:

@@ -81,11 +81,19 @@ SETTINGS: dict[str, Callable[[], list[Algorithm]]] = {
     'weights': lambda: [KnowledgeDistillation(teachers(3), weights=[1, 2, 4])],
     'random_weights': lambda: [KnowledgeDistillation(teachers(3), weights='random')],
     'probabilities': lambda: [KnowledgeDistillation(teachers(3), average='probabilities', temperature=2.0)],
+    'losses': lambda: [KnowledgeDistillation(teachers(3), average='losses', loss='jsd', weights=[1, 2, 4])],
+    'losses_per_sample': lambda: [
+        KnowledgeDistillation(teachers(3), average='losses'),
+        TeacherSampling(2, per='sample'),
+    ],
     'only_correct': lambda: [KnowledgeDistillation(teachers(3), only_correct=True)],
     'probability': lambda: [KnowledgeDistillation(teachers(1), probability=0.5, kd_weight=1.0, label_weight=0.0)],
     'host': lambda: [KnowledgeDistillation(teachers(3), residency='host'), TeacherSampling()],
     'record': lambda: [KnowledgeDistillation(teachers(1), record=new_folder())],
     'record_top': lambda: [KnowledgeDistillation(teachers(2), record=new_folder(), record_top=3), TeacherSampling()],
+    'record_top_losses': lambda: [
+        KnowledgeDistillation(teachers(2), record=new_folder(), record_top=3, average='losses')
+    ],
     'early_stop': lambda: [EarlyStopDistillation('0.5dur'), KnowledgeDistillation(teachers(1))],
     'window': lambda: [KnowledgeDistillation(teachers(1)), EarlyStopDistillation('6ba', start='2ba', ramp='3ba')],
     'regularization': lambda: [

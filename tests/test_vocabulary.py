@@ -10,7 +10,7 @@ from hypothesis import given, settings
 
 from composer_kd import losses
 from composer_kd.topk import TopKLogits, topk_loss
-from composer_kd.vocabulary import DeferredLogits, MeanLogits, _temperature_of_kl, part, vocabulary_loss
+from composer_kd.vocabulary import DeferredLogits, EachLogits, MeanLogits, _temperature_of_kl, part, vocabulary_loss
 
 half, double = torch.float16, torch.float64
 KD_LOSSES = {
@@ -199,6 +199,34 @@ def test_a_mean_of_teachers_dense_and_deferred():
         student_logits=student, labels=labels, teacher_logits=MeanLogits([one, part(other)]), chunk_size=4, **weights
     )
     expected = dense(student, labels, (part(one) + part(other)) / 2, losses.kl, **weights)
+    assert_equal(found, expected, student)
+
+
+@pytest.mark.parametrize('loss', [losses.kl, losses.jsd, losses.mse])
+@pytest.mark.parametrize('sequences', [None, torch.tensor([0, 0, 0, 1, 1, 2, 2, 2, 2])])
+def test_a_mean_of_losses(loss, sequences):
+    if sequences is not None and loss is losses.mse:
+        return
+    student, labels = projection(9, 11, 0, grad=True), torch.arange(9)
+    members, shares = [projection(9, 11, 1), part(projection(9, 11, 2))], [0.25, 0.75]
+    given = {'student_logits': student, 'labels': labels, 'kd_loss': loss, 'label_weight': 0.3, 'sequences': sequences}
+    alone = [vocabulary_loss(**given, teacher_logits=one, kd_weight=2.0) for one in members]
+    expected = {
+        'label': alone[0]['label'],
+        'kd': shares[0] * alone[0]['kd'] + shares[1] * alone[1]['kd'],
+        'total': shares[0] * alone[0]['total'] + shares[1] * alone[1]['total'],
+    }
+    found = vocabulary_loss(**given, teacher_logits=EachLogits(members, shares), kd_weight=2.0, chunk_size=4)
+    assert_equal(found, expected, student)
+
+
+def test_a_mean_of_losses_of_the_largest_logits():
+    student, labels = projection(9, 11, 0, grad=True), torch.arange(9)
+    members = [TopKLogits.of(part(projection(9, 11, seed)), 3, [1.0]) for seed in (1, 2)]
+    given = {'student_logits': student, 'labels': labels, 'kd_weight': 1.0}
+    alone = [vocabulary_loss(**given, teacher_logits=one) for one in members]
+    expected = {name: (alone[0][name] + alone[1][name]) / 2 for name in alone[0]}
+    found = vocabulary_loss(**given, teacher_logits=EachLogits(members, [0.5, 0.5]), chunk_size=4)
     assert_equal(found, expected, student)
 
 

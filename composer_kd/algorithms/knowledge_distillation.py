@@ -6,7 +6,7 @@ import functools
 import inspect
 import math
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +23,7 @@ from composer_kd.teachers import RecordedTeacher, RecordingTeacher, Teacher, Tea
 from composer_kd.teachers.batches import samples_in
 from composer_kd.teachers.schedule import BEGIN, END, Schedule
 from composer_kd.topk import TopKLogits, topk_loss
-from composer_kd.vocabulary import DeferredLogits, Logits, over_sequences
+from composer_kd.vocabulary import DeferredLogits, EachLogits, Logits, over_sequences
 
 _LOOK_AHEAD = 32  # batches in which the next that distills is looked for
 _NO_LABEL = -100  # torch's and Hugging Face's mark of a position without one
@@ -119,8 +119,9 @@ class KnowledgeDistillation(Algorithm):
             the labelled positions of a sequence. Default: ``'vocabulary'``.
         weights: Of the teachers in an average: one number above 0 for each; or ``'random'``: in each batch others,
             drawn uniformly among all that sum to 1. Default: ``None``, the same for all.
-        average: What is averaged where several teachers are heard: ``'logits'``, or the ``'probabilities'`` that they
-            give at ``temperature`` (at 1 if the loss has none). Default: ``'logits'``.
+        average: What is averaged where several teachers are heard: ``'logits'``; the ``'probabilities'`` that they
+            give at ``temperature`` (at 1 if the loss has none); or the ``'losses'``, one for each of them.
+            Default: ``'logits'``.
         only_correct: Average, for each sample, only those of the teachers that are heard whose largest logit is that of
             its label; all of them, where there is none. Default: ``False``.
         residency: Where the teachers' weights are. ``'device'``: all of them on the device. ``'host'``: in the host's
@@ -163,7 +164,7 @@ class KnowledgeDistillation(Algorithm):
         softmax_axis: str = 'vocabulary',
         probability: float = 1.0,
         weights: Sequence[float] | Literal['random'] | None = None,
-        average: Literal['logits', 'probabilities'] = 'logits',
+        average: Literal['logits', 'probabilities', 'losses'] = 'logits',
         only_correct: bool = False,
         residency: Literal['device', 'host', 'auto'] = 'auto',
         record: str | Path | None = None,
@@ -191,14 +192,16 @@ class KnowledgeDistillation(Algorithm):
         if self._over_sequences and (average == 'probabilities' or only_correct):
             option = "average='probabilities'" if average == 'probabilities' else 'only_correct'
             raise ValueError(f"{option} compares distributions over classes, which softmax_axis='sequence' has none of")
+        if average == 'losses' and only_correct:
+            raise ValueError("only_correct chooses whose logits are averaged: leave it out, or average='losses'")
         if record is None and (record_top, record_dtype) != (None, None):
             raise ValueError('record_top and record_dtype are for a record: give its folder, `record`, too')
         self._loss = _LOSSES[loss] if isinstance(loss, str) else loss
         self._own_loss = not isinstance(loss, str)
         has_temperature = 'temperature' in inspect.signature(self._loss).parameters
         self._axis: int = getattr(self._loss, 'keywords', {}).get('axis', -1)
-        # That of `losses.kl` without further options, the one loss that the largest logits of a teacher are enough for.
-        self._kl_temperature = float(temperature) if self._loss is losses.kl and not self._over_sequences else None
+        #: Of ``kl`` over classes, the one loss that the largest logits of a teacher are enough for; None for others.
+        self.kl_temperature = float(temperature) if self._loss is losses.kl and not self._over_sequences else None
         if has_temperature:
             self._loss = functools.partial(self._loss, temperature=temperature)
         if record is not None:
@@ -212,6 +215,7 @@ class KnowledgeDistillation(Algorithm):
             temperature=temperature if has_temperature else 1.0,
             axis=self._axis,
         )
+        self.average = average
         self.kd_weight = kd_weight
         self.label_weight = label_weight
         self.interval = interval
@@ -220,6 +224,10 @@ class KnowledgeDistillation(Algorithm):
         self.share: Callable[[State], float] = lambda state: 1.0
         #: From when to when it is switched on; set by EarlyStopDistillation.
         self.window = BEGIN, END
+        #: Whether the teachers have nothing to say yet, so that nothing distills; set by Codistillation.
+        self.waits: Callable[[State], bool] = lambda state: False
+        #: What is drawn at random is a function of this and of the batch's number; set by Codistillation.
+        self.seed: Callable[[State], int] = lambda state: state.rank_zero_seed
         #: Which teachers are heard in the batch of this number; set by TeacherSampling.
         self.speakers: Callable[[State, int], tuple[int, ...]] = lambda state, batch: tuple(range(len(self.pool)))
         #: Which teachers each sample hears, shape (samples, m), of samples numbered from first to last of those of this
@@ -230,7 +238,12 @@ class KnowledgeDistillation(Algorithm):
         self._now = _Batch()
         self._keys: torch.Tensor | None = None
         self._samples_asked = 0
-        self._signal: Logits | TopKLogits | None = None
+        self._signal: Logits | TopKLogits | EachLogits | None = None
+
+    @property
+    def asks(self) -> bool:
+        """Whether teachers are asked in the present batch."""
+        return bool(self._now.speakers)
 
     def check(self, student: ComposerModel) -> None:
         """Raise :class:`TeacherError` if one of the teachers cannot teach ``student``; costs no forward pass."""
@@ -238,11 +251,11 @@ class KnowledgeDistillation(Algorithm):
         for kept in self.pool.partial_formats:
             assert kept.k is not None
             self._check_largest(kept.k)
-            if kept.k < kept.classes and self._kl_temperature not in kept.temperatures:
+            if kept.k < kept.classes and self.kl_temperature not in kept.temperatures:
                 known = ', '.join(f'{temperature:g}' for temperature in kept.temperatures)
                 raise TeacherError(
                     f'the logits that a record leaves out are known in sum at temperatures {known}, not at '
-                    f'{self._kl_temperature:g}: distill at one of these, or record anew with this one'
+                    f'{self.kl_temperature:g}: distill at one of these, or record anew with this one'
                 )
 
     def rehearse(self, state: State) -> None:
@@ -283,7 +296,7 @@ class KnowledgeDistillation(Algorithm):
             logger.log_metrics(self._now.metrics())
         elif event == Event.BEFORE_TRAIN_BATCH:
             self._samples_asked = 0
-        elif event == Event.AFTER_FORWARD and self._now.speakers:
+        elif event == Event.AFTER_FORWARD and self.asks:
             self._ask(state)
         elif event == Event.BEFORE_BACKWARD:
             state.loss = self._blended(state)
@@ -323,12 +336,18 @@ class KnowledgeDistillation(Algorithm):
                     f'{name} makes one sample of two, so that no one label is right: leave out only_correct'
                 )
         self._shifts_labels = bool(getattr(state.model, 'shift_labels', False))
-        state.algorithms.remove(self)
-        state.algorithms.append(self)
+        own = next(algorithm for algorithm in state.algorithms if [*distillers([algorithm])])
+        state.algorithms.remove(own)
+        state.algorithms.append(own)
 
     def _check_heard(self, state: State) -> None:
         if self.speakers_of_samples is None:
             self.pool.check_average(self.speakers(state, 0))
+        elif self.average == 'losses' and self.pool.weights is not None:
+            raise TeacherError(
+                'each sample has teachers of its own, whose losses are not averaged by `weights`: leave these out, '
+                "or take another average than 'losses'"
+            )
 
     def _schedule(self, state: State) -> Schedule:
         """When each teacher is asked, as far as that is known."""
@@ -337,7 +356,7 @@ class KnowledgeDistillation(Algorithm):
         return Schedule(*self.window, interval=self.interval if is_known else None)
 
     def _check_largest(self, k: int) -> None:
-        if self._kl_temperature is None:
+        if self.kl_temperature is None:
             raise TeacherError(
                 f"only a teacher's {k} largest logits are recorded, which are enough for loss='kl' over the vocabulary "
                 'alone: take that, or record whole vectors'
@@ -367,11 +386,11 @@ class KnowledgeDistillation(Algorithm):
         return ()
 
     def _distills(self, state: State, batch: int) -> bool:
-        return distills(state.rank_zero_seed, batch, interval=self.interval, probability=self.probability)
+        return distills(self.seed(state), batch, interval=self.interval, probability=self.probability)
 
     def _settle(self, state: State) -> _Batch:
         batch = state.timestamp.batch.value
-        if self.pool.released or not self._distills(state, batch):
+        if self.pool.released or self.waits(state) or not self._distills(state, batch):
             return _Batch()
         share = self.share(state)
         if share == 0.0:
@@ -380,7 +399,7 @@ class KnowledgeDistillation(Algorithm):
         # As the distillation fades, the weight of the labels goes back to the 1 that it has without distillation.
         label_weight = 1.0 + share * (self.label_weight - 1.0) if share < 1.0 else self.label_weight
         speakers = self.speakers(state, batch) if kd_weight > 0.0 else ()
-        return _Batch(True, kd_weight, label_weight, speakers, self.pool.batch_weights(state.rank_zero_seed, batch))
+        return _Batch(True, kd_weight, label_weight, speakers, self.pool.batch_weights(self.seed(state), batch))
 
     def _ask(self, state: State) -> None:
         """Ask the teachers about the microbatch; of a token model, about the positions that its outputs are of."""
@@ -401,8 +420,9 @@ class KnowledgeDistillation(Algorithm):
             labels=self._labels(state.batch, student_logits, positions) if self.pool.only_correct else None,
             weights=self._now.weights,
         )
-        if isinstance(signal, TopKLogits):
-            self._check_largest(signal.values.shape[-1])
+        for one in signal.members if isinstance(signal, EachLogits) else [signal]:
+            if isinstance(one, TopKLogits):
+                self._check_largest(one.values.shape[-1])
         if not isinstance(student_logits, DeferredLogits):
             self._signal = signal
             return
@@ -455,13 +475,20 @@ class KnowledgeDistillation(Algorithm):
         if self._signal is None:  # kd_weight is 0, so no teacher was asked
             return state.loss if self._now.label_weight == 1.0 else self._now.label_weight * _total(state.loss)
         student_logits = logits_of(state.outputs)
-        assert isinstance(student_logits, torch.Tensor) and isinstance(self._signal, torch.Tensor | TopKLogits)
+        assert isinstance(student_logits, torch.Tensor) and isinstance(
+            self._signal, torch.Tensor | TopKLogits | EachLogits
+        )
         kd_loss = self._kd_loss(state, student_logits, self._signal)
         return blend(state.loss, kd_loss, kd_weight=self._now.kd_weight, label_weight=self._now.label_weight)
 
     def _kd_loss(
-        self, state: State, student_logits: torch.Tensor, teacher_logits: torch.Tensor | TopKLogits
+        self, state: State, student_logits: torch.Tensor, teacher_logits: torch.Tensor | TopKLogits | EachLogits
     ) -> torch.Tensor:
+        if isinstance(teacher_logits, EachLogits):
+            each = [self._kd_loss(state, student_logits, one) for one in teacher_logits.members]  # pyright: ignore
+            return functools.reduce(
+                torch.add, (weight * loss for weight, loss in zip(teacher_logits.weights, each, strict=True))
+            )
         where = self._that_count(state.batch, student_logits)
         if self._over_sequences:
             assert isinstance(teacher_logits, torch.Tensor), 'was checked'
@@ -478,9 +505,9 @@ class KnowledgeDistillation(Algorithm):
             )
         if isinstance(teacher_logits, torch.Tensor):
             return self._loss(student_logits=student_logits, teacher_logits=teacher_logits, where=where)
-        assert self._kl_temperature is not None, 'was checked'
+        assert self.kl_temperature is not None, 'was checked'
         return topk_loss(
-            student_logits=student_logits, teacher=teacher_logits, temperature=self._kl_temperature, where=where
+            student_logits=student_logits, teacher=teacher_logits, temperature=self.kl_temperature, where=where
         )
 
     def _that_count(self, batch: Any, logits: torch.Tensor) -> torch.Tensor | None:
@@ -514,7 +541,7 @@ def find_distiller(state: State, asked_by: Algorithm) -> KnowledgeDistillation:
     Raises:
         ValueError: There is none, or more than one.
     """
-    found = [algorithm for algorithm in state.algorithms if isinstance(algorithm, KnowledgeDistillation)]
+    found = [*distillers(state.algorithms)]
     if not found:
         raise ValueError(
             f'{type(asked_by).__name__} changes how a run distills: add KnowledgeDistillation to its algorithms'
@@ -522,6 +549,14 @@ def find_distiller(state: State, asked_by: Algorithm) -> KnowledgeDistillation:
     if len(found) > 1:
         raise ValueError('a run distills by one algorithm: give one KnowledgeDistillation all the teachers')
     return found[0]
+
+
+def distillers(algorithms: Iterable[Algorithm]) -> Iterable[KnowledgeDistillation]:
+    """Those that distill, on their own or held by another one as its ``distillation``."""
+    for algorithm in algorithms:
+        algorithm = getattr(algorithm, 'distillation', algorithm)
+        if isinstance(algorithm, KnowledgeDistillation):
+            yield algorithm
 
 
 def _total(loss: torch.Tensor | Sequence[torch.Tensor] | Mapping[str, torch.Tensor]) -> torch.Tensor:

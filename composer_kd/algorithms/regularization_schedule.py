@@ -150,7 +150,8 @@ class RegularizationSchedule(Algorithm):
         chosen = {index: self.initial[index] for index in self._chosen(self.initial)}
         if self.while_distilling is not None:
             distiller = find_distiller(state, self)
-            share = 0.0 if distiller.pool.released else distiller.share(state)
+            is_silent = distiller.pool.released or distiller.waits(state)
+            share = 0.0 if is_silent else distiller.share(state)
             return {
                 index: decay_beside(share, while_distilling=self.while_distilling, initial=decay)
                 for index, decay in chosen.items()

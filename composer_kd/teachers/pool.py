@@ -18,7 +18,7 @@ from composer_kd.teachers.residency import Residency, can_wait, shares_tensors, 
 from composer_kd.teachers.stopwatch import Stopwatch
 from composer_kd.teachers.teacher import Signal, Teacher, TeacherError
 from composer_kd.topk import TopKLogits
-from composer_kd.vocabulary import DeferredLogits, Logits, MeanLogits
+from composer_kd.vocabulary import DeferredLogits, EachLogits, Logits, MeanLogits
 
 if TYPE_CHECKING:
     from composer.core import Batch, State
@@ -51,7 +51,8 @@ class TeacherPool:
         weights: Of the teachers in an average, one number above 0 for each; or ``'random'``: others in each batch,
             drawn uniformly among all that sum to 1. Default: ``None``, the same for all.
         average: ``'logits'``: the mean of the logits. ``'probabilities'``: logits that give, at ``temperature``, the
-            mean of the teachers' probabilities. Default: ``'logits'``.
+            mean of the teachers' probabilities. ``'losses'``: their logits one by one, for the mean of the losses.
+            Default: ``'logits'``.
         only_correct: Average only those teachers, for each sample, whose largest logit is that of its label; all, where
             there is none. Default: ``False``.
         residency: Where the teachers' weights are. ``'device'``: all on the device. ``'host'``: in the host's memory,
@@ -72,7 +73,7 @@ class TeacherPool:
         teachers: Teacher | Sequence[Teacher],
         *,
         weights: Sequence[float] | Literal['random'] | None = None,
-        average: Literal['logits', 'probabilities'] = 'logits',
+        average: Literal['logits', 'probabilities', 'losses'] = 'logits',
         only_correct: bool = False,
         residency: Literal['device', 'host', 'auto'] = 'auto',
         temperature: float = 1.0,
@@ -87,8 +88,8 @@ class TeacherPool:
         if weights is not None and not isinstance(weights, str):
             weights = [float(weight) for weight in weights]
         _check_weights(weights, len(self.teachers))
-        if average not in ('logits', 'probabilities'):
-            raise ValueError(f"average must be 'logits' or 'probabilities', not {average!r}")
+        if average not in ('logits', 'probabilities', 'losses'):
+            raise ValueError(f"average must be 'logits', 'probabilities' or 'losses', not {average!r}")
         if residency not in ('device', 'host', 'auto'):
             raise ValueError(f"residency must be 'device', 'host' or 'auto', not {residency!r}")
         self.weights = weights
@@ -98,6 +99,7 @@ class TeacherPool:
         self.samples_heard = 0
         self.released = False
         self._temperature = temperature if average == 'probabilities' else None
+        self._one_by_one = average == 'losses'
         self._axis = axis
         self._stopwatch = Stopwatch()
         self._earlier_forwards = -self._forwards_of_teachers()
@@ -152,7 +154,7 @@ class TeacherPool:
 
     def check_average(self, speakers: Sequence[int]) -> None:
         """Raise :class:`TeacherError` if these teachers cannot be heard together."""
-        if len(speakers) > 1 and self.partial_formats:
+        if len(speakers) > 1 and self.partial_formats and not self._one_by_one:
             raise TeacherError(_TOO_FEW)
 
     def prepare(self, state: State) -> None:
@@ -217,8 +219,8 @@ class TeacherPool:
         keys: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         weights: Sequence[float] | None = None,
-    ) -> Logits | TopKLogits:
-        """The mean of the logits of the teachers in ``speakers``.
+    ) -> Logits | TopKLogits | EachLogits:
+        """The mean of the logits of the teachers in ``speakers``, or, for a mean of losses, the logits of each.
 
         Args:
             batch: The device microbatch, of N samples.
@@ -242,10 +244,14 @@ class TeacherPool:
         assert speakers, 'no teacher was named'
         shares = _shares(speakers, weights)
         is_deferred = isinstance(student_logits, DeferredLogits)
-        if is_deferred or len(speakers) == 1:
+        if is_deferred or len(speakers) == 1 or self._one_by_one:
             said = [self._ask(index, batch, keys, student_logits) for index in speakers]
+            if not is_deferred:
+                said = [one.part() if isinstance(one, DeferredLogits) else one for one in said]
             if len(said) == 1:
-                return said[0] if is_deferred or isinstance(said[0], TopKLogits) else _whole(said[0])
+                return said[0]
+            if self._one_by_one:
+                return EachLogits(said, shares)
             if any(isinstance(logits, TopKLogits) for logits in said):
                 raise TeacherError(_TOO_FEW)
             return MeanLogits(said, shares, temperature=self._temperature, labels=labels)  # pyright: ignore
@@ -370,7 +376,7 @@ class TeacherPool:
         keys: torch.Tensor | None,
         labels: torch.Tensor | None,
         weights: Sequence[float] | None,
-    ) -> torch.Tensor | TopKLogits:
+    ) -> torch.Tensor | TopKLogits | EachLogits:
         """The mean of the logits of those teachers that each sample hears; each is asked about its own samples."""
         number, *classes = student_logits.shape
         said = []
@@ -386,6 +392,8 @@ class TeacherPool:
         each = [_joined(said, column, number) for column in heard.unbind(1)]
         if len(each) == 1:
             return each[0]
+        if self._one_by_one:
+            return EachLogits(each, [1 / len(each)] * len(each))
         shares = torch.full(heard.shape, 1.0) if weights is None else torch.tensor(weights)[heard.cpu()]
         shares = (shares / shares.sum(1, keepdim=True)).to(student_logits.device)
         mean = Mean(temperature=self._temperature, labels=labels, axis=self._axis)
@@ -395,8 +403,8 @@ class TeacherPool:
 
 
 _TOO_FEW = (
-    'only the largest logits of the teachers are recorded, which cannot be averaged: hear one of them per batch '
-    '(TeacherSampling), or record whole vectors'
+    "only the largest logits of the teachers are known, which cannot be averaged: take average='losses', hear one of "
+    'them per batch (TeacherSampling), or record whole vectors'
 )
 
 

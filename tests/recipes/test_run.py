@@ -360,7 +360,7 @@ UNRECORDABLE = {
     'no record': (['algorithms.knowledge_distillation.record=notes'], 'notes is there, but is no record'),
     'two of the largest': (
         [RECORD, 'algorithms.knowledge_distillation.record_top=3', 'teachers=[TEACHER, TEACHER]'],
-        'only the largest logits of the teachers are recorded, which cannot be averaged',
+        'only the largest logits of the teachers are known, which cannot be averaged',
     ),
     'other data': (
         ['teachers=[TEACHER, {name: recorded, path: other}]'],

@@ -13,7 +13,7 @@ from composer_kd.teachers.batches import pick, samples_in
 from composer_kd.teachers.pool import convex_weights
 from composer_kd.teachers.stopwatch import Stopwatch
 from composer_kd.topk import TopKLogits
-from composer_kd.vocabulary import DeferredLogits, part
+from composer_kd.vocabulary import DeferredLogits, EachLogits, part
 from settings import CLASSES, network, teachers
 
 STUDENT = torch.zeros(4, 5)
@@ -36,6 +36,16 @@ def test_several_teachers_are_averaged(pool):
     expected = torch.stack([teacher.signal(BATCH) for teacher in pool.teachers]).mean(0)
     torch.testing.assert_close(pool.signal(BATCH, (0, 1, 2), STUDENT), expected)
     assert pool.heard == 3 and pool.samples_heard == 12 and pool.forwards == 6 and pool.seconds > 0
+
+
+def test_for_a_mean_of_losses_each_is_heard_by_itself():
+    pool = TeacherPool(teachers(3), weights=[1, 2, 4], average='losses')
+    pool.prepare(STATE)
+    said = pool.signal(BATCH, (0, 2), STUDENT, weights=pool.weights)
+    assert isinstance(said, EachLogits) and said.weights == [1 / 5, 4 / 5] and said.shape == STUDENT.shape
+    for logits, index in zip(said.members, (0, 2), strict=True):
+        assert torch.equal(logits, pool.teachers[index].signal(BATCH))
+    assert torch.equal(pool.signal(BATCH, (1,), STUDENT), pool.teachers[1].signal(BATCH))
 
 
 OPTIONS = {
@@ -239,7 +249,7 @@ def test_the_largest_logits_are_not_averaged_but_sampled():
     alone = pool.signal(BATCH, (1,), STUDENT)
     assert isinstance(alone, TopKLogits) and alone.values[0, 0] == 4
     for speakers in ((0, 1), torch.tensor([[0, 1]] * 4)):
-        with pytest.raises(TeacherError, match='which cannot be averaged: hear one of them per batch'):
+        with pytest.raises(TeacherError, match='which cannot be averaged: take average='):
             pool.signal(BATCH, speakers, STUDENT)
     each = pool.signal(BATCH, torch.tensor([[1], [0], [0], [1]]), STUDENT)
     assert each.values[:, 0].tolist() == [4, 3, 3, 4] and each.tail(4.0).tolist() == [3, 2, 2, 3]
@@ -282,7 +292,7 @@ def test_teachers_of_all_kinds_in_one_pool(residency):
         ({'weights': [1, 2]}, 'weights has 2 numbers for 3 teachers'),
         ({'weights': [1, 0, 2]}, r'weights must be above 0 each, not \[1.0, 0.0, 2.0\]'),
         ({'weights': 'uniform'}, "weights are numbers, or 'random', not 'uniform'"),
-        ({'average': 'ranks'}, "average must be 'logits' or 'probabilities', not 'ranks'"),
+        ({'average': 'ranks'}, "average must be 'logits', 'probabilities' or 'losses', not 'ranks'"),
         ({'residency': 'disk'}, "residency must be 'device', 'host' or 'auto', not 'disk'"),
     ],
 )
