@@ -1,7 +1,7 @@
 """From a data set to Composer's `DataSpec`, and the loader options that every builder has in common."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypedDict, TypeVar
 
 import torch
@@ -23,6 +23,7 @@ class LoaderOptions(TypedDict, total=False):
     shuffle: bool | None
     drop_last: bool | None
     shuffle_seed: int
+    part: Sequence[int] | None
     pin_memory: bool | None
     persistent_workers: bool | None
     prefetch_factor: int | None
@@ -37,6 +38,7 @@ def data_spec(
     shuffle: bool | None = None,
     drop_last: bool | None = None,
     shuffle_seed: int = 0,
+    part: Sequence[int] | None = None,
     pin_memory: bool | None = None,
     persistent_workers: bool | None = None,
     prefetch_factor: int | None = None,
@@ -67,6 +69,8 @@ def data_spec(
             divide by them; otherwise ranks repeat a sample each to come out even, which Composer's metrics leave out
             again. Default: None, `train`.
         shuffle_seed: chooses the orders. Default: 0.
+        part: for training: [i, n] takes every n-th sample, from the i-th on, which is one of n disjoint parts of one
+            size. Default: None, all samples.
         pin_memory: whether batches are copied to page-locked memory, from where a GPU fetches them faster. Default:
             None, whether there is a GPU.
         persistent_workers: whether workers live on from epoch to epoch. Default: None, yes if there are any.
@@ -83,7 +87,7 @@ def data_spec(
 
     Raises:
         ValueError: `batch_size` is no multiple of the number of ranks, there is not one batch in an epoch, there are no
-            samples at all, or `views` or `view_seed` is out of range or not for this data set.
+            samples at all, or `part`, `views` or `view_seed` is out of range or not for this data set.
     """
     shuffle = train if shuffle is None else shuffle
     drop_last = train if drop_last is None else drop_last
@@ -104,22 +108,35 @@ def data_spec(
         'prefetch_factor': prefetch_factor,
     }
     check_views(train, views, view_seed)
+    dealt = len(dataset)  # pyright: ignore[reportArgumentType]
+    if part is not None and not train:
+        raise ValueError('part is for split=train: what is evaluated on is the same for all')
     if train:
         replayable = _replayable(dataset, view_seed)
-        sampler = ViewsSampler(replayable, views=views if replayable.has_views else 1, **dealing)
+        index, parts = (0, 1) if part is None else check_part(part)
+        samples = range(index, dealt - dealt % parts, parts)
+        dealt = len(samples)
+        sampler = ViewsSampler(samples, views=views if replayable.has_views else 1, **dealing)
         named = ((name, of_batches.get(key)) for key, name in _TRANSFORMS.items())
         transforms = {name: transform for name, transform in named if transform is not None}
         loader = ViewsLoader(replayable, sampler, transforms, **options)
     else:
         loader = DataLoader(dataset, sampler=DistributedSampler(dataset, **dealing), **options)
-    if len(dataset) == 0:  # pyright: ignore[reportArgumentType]
+    if dealt == 0:
         raise ValueError('the data set has no samples')
     if len(loader) == 0:
         raise ValueError(
-            f'the data set has {len(dataset)} samples, which is not one batch of batch_size={batch_size}: '  # pyright: ignore[reportArgumentType]
+            f'the data set has {dealt} samples, which is not one batch of batch_size={batch_size}: '
             'take a smaller batch_size, or drop_last=false'
         )
     return DataSpec(loader, **of_batches)
+
+
+def check_part(part: Sequence[int]) -> tuple[int, int]:
+    """Which part of how many: raise ValueError unless there is such a part."""
+    if len(part) != 2 or not 0 <= part[0] < part[1]:
+        raise ValueError(f'part must be [i, n], the i-th of n parts, i from 0 to n - 1, not {[*part]}')
+    return part[0], part[1]
 
 
 def rank_batch_size(batch_size: int) -> int:

@@ -11,7 +11,7 @@ from composer.core import DataSpec
 from composer.utils import dist, reproducibility
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from composer_kd.data.loader import rank_batch_size
+from composer_kd.data.loader import check_part, rank_batch_size
 from composer_kd.data.masking import SPEC, MaskedBatch, Sample, random_stream
 from composer_kd.data.sequences import Sequences
 from composer_kd.data.text_files import Shard, TextError
@@ -51,6 +51,7 @@ class TextStream(IterableDataset):
         shuffle: whether to shuffle at all.
         shuffle_seed: chooses the orders.
         shuffle_buffer: sequences in a block; a stream holds twice as many in memory.
+        part: see `composer_kd.data.loader.data_spec`; of the streams, not of the samples one by one.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class TextStream(IterableDataset):
         shuffle: bool,
         shuffle_seed: int,
         shuffle_buffer: int,
+        part: Sequence[int] | None = None,
     ):
         self.shards = shards
         self.sequences = sequences
@@ -73,6 +75,7 @@ class TextStream(IterableDataset):
         self.block = shuffle_buffer if shuffle else 1
         self.rank, self.ranks = dist.get_global_rank(), dist.get_world_size()
         self.workers = max(workers, 1)
+        self.part, self.parts = (0, 1) if part is None else check_part(part)
         self.description = self._describe(masked_batch)
         # A cursor is the place where a block begins, and how many of its samples are used up.
         self.cursors = [[0] * (len(_Place._fields) + 1) for _ in range(self.workers)]
@@ -87,7 +90,8 @@ class TextStream(IterableDataset):
         # Torch asks worker 0 for the first batch, whichever stream's turn it is.
         stream = (self.turn + (worker.id if worker else 0)) % self.workers
         try:
-            yield from self._samples(self.rank * self.workers + stream, self.cursors[stream])
+            first = (self.part * self.ranks + self.rank) * self.workers
+            yield from self._samples(first + stream, self.cursors[stream])
         except TextError as error:
             yield error
 
@@ -147,6 +151,7 @@ class TextStream(IterableDataset):
         return {
             'ranks': self.ranks,
             'num_workers': self.workers,
+            'part': [self.part, self.parts] if self.parts > 1 else None,
             'files (names and sizes)': _digest(*(shard.identity for shard in self.shards)),
             'tokens (tokenizer)': tokenizer_digest(self.tokenizer),
             'max_length': self.max_length,
@@ -204,18 +209,21 @@ class TextStream(IterableDataset):
                 document = offset = 0
             if whole_pass and not found:
                 raise TextError(
-                    f'{len(self.shards)} files have no text left for one of {self.ranks * self.workers} streams: take '
+                    f'{len(self.shards)} files have no text left for one of {self._streams()} streams: take '
                     'fewer workers (num_workers), or more text'
                 )
             number, first, whole_pass = number + 1, 0, True
 
     def _part(self, stream: int) -> tuple[Sequence[int], int, int]:
         """The shards of a stream, and which documents of shard 0: those that leave this remainder, divided by that."""
-        shards, streams = range(len(self.shards)), self.ranks * self.workers
+        shards, streams = range(len(self.shards)), self._streams()
         sizes = [sum(self.shards[shard].size for shard in shards[each::streams]) for each in range(streams)]
         if max(sizes) > _EVEN_ENOUGH * min(sizes):
             return shards, stream, streams
         return shards[stream::streams], 0, 1
+
+    def _streams(self) -> int:
+        return self.parts * self.ranks * self.workers
 
 
 class StreamLoader(DataLoader):
@@ -269,6 +277,7 @@ def stream_spec(
     shuffle_buffer: int,
     shuffle: bool | None = None,
     shuffle_seed: int = 0,
+    part: Sequence[int] | None = None,
     pin_memory: bool | None = None,
     prefetch_factor: int | None = None,
 ) -> DataSpec:
@@ -283,6 +292,7 @@ def stream_spec(
         shuffle_buffer: see `TextStream`.
         shuffle: whether to shuffle. Default: None, yes.
         shuffle_seed: chooses the orders. Default: 0.
+        part: see `TextStream`. Default: None, all.
         pin_memory: see `data_spec`.
         prefetch_factor: see `data_spec`.
 
@@ -300,6 +310,7 @@ def stream_spec(
         shuffle=shuffle is not False,
         shuffle_seed=shuffle_seed,
         shuffle_buffer=shuffle_buffer,
+        part=part,
     )
     loader = StreamLoader(
         stream,

@@ -160,17 +160,18 @@ class ViewsSampler(DistributedSampler):
     """Deals (index, view) out to the ranks: all of a rank's samples in an epoch are in one view.
 
     Args:
-        dataset: what to deal out.
+        samples: the indices to deal out.
         views: how many views there are before they come again. Default: None, a new one each epoch.
         **options: those of `DistributedSampler`.
     """
 
-    def __init__(self, dataset: Dataset, *, views: int | None = None, **options: Any):
-        super().__init__(dataset, **options)
+    def __init__(self, samples: Sequence[int], *, views: int | None = None, **options: Any):
+        super().__init__(samples, **options)  # pyright: ignore[reportArgumentType]
+        self.samples = samples
         self.views = views
 
     def __iter__(self) -> Iterator[Key]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        indices = super().__iter__()
+        indices = (self.samples[place] for place in super().__iter__())
         view = self.epoch if self.views is None else self.epoch % self.views
         return ((index, view) for index in indices)
 

@@ -14,6 +14,36 @@ from composer_kd.data.loader import LoaderOptions
 TEXT = ['c4', 'glue', 'python_docs', 'text', 'text_classification']  # which need more than a split
 
 
+def test_parts_are_disjoint_and_of_one_size(monkeypatch):
+    """However many there are, and on however many ranks; a sample is the same one whichever part has it."""
+    whole = data.digits('train', 10, views=2).dataloader
+    for number, ranks in ((2, 1), (3, 2)):
+        monkeypatch.setattr(dist, 'get_world_size', lambda ranks=ranks: ranks)
+        seen = []
+        for index in range(number):
+            of_part = []
+            for rank in range(ranks):
+                monkeypatch.setattr(dist, 'get_global_rank', lambda rank=rank: rank)
+                loader = data.digits('train', 10, part=[index, number], drop_last=False).dataloader
+                of_part.append([int(key) for _ in loader for key in loader.keys[:, 0]])
+            assert len({len(keys) for keys in of_part}) == 1
+            seen.append({key for keys in of_part for key in keys})
+            assert {key % number for key in seen[-1]} == {index}
+        assert len({len(keys) for keys in seen}) == 1 and len(seen[0]) == whole.samples // number
+    monkeypatch.undo()
+    second = data.digits('train', 10, part=[1, 2], shuffle=False).dataloader
+    images = next(iter(second))[0]
+    assert torch.equal(images, torch.stack([whole.dataset[1 + 2 * place][0] for place in range(10)]))
+
+
+@pytest.mark.parametrize('part', [[2, 2], [-1, 2], [0], [0, 1, 2]])
+def test_parts_that_there_are_not(part):
+    with pytest.raises(ValueError, match=r'part must be \[i, n\], the i-th of n parts, i from 0 to n - 1, not'):
+        data.digits('train', 10, part=part)
+    with pytest.raises(ValueError, match='part is for split=train'):
+        data.digits('test', 10, part=[0, 2])
+
+
 def labels_of(spec):
     return torch.cat([labels for _, labels in spec.dataloader])
 
