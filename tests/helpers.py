@@ -20,6 +20,8 @@ from composer import Trainer
 from composer.utils import dist
 from PIL import Image
 
+from composer_kd import teams as composer_teams
+
 
 def make_imagefolder(path, classes=2, per_class=4, size=64):
     """Write `train/` and `val/`, each with `classes` folders of `per_class` JPEG images, a noisy colour per class."""
@@ -147,7 +149,7 @@ _forks = multiprocessing.get_context('forkserver')
 _forks.set_forkserver_preload(['composer_kd.glue', 'composer_kd.record'])
 
 
-def in_forks(work, calls, environments, seconds=300):
+def in_forks(work, calls, environments, seconds=300, codes=None, meanwhile=lambda forks: None):
     """Do some work in processes of their own at the same time; what each printed, on stdout alone.
 
     Args:
@@ -155,6 +157,8 @@ def in_forks(work, calls, environments, seconds=300):
         calls: Its arguments, for each process.
         environments: The variables of each process.
         seconds: For all of it.
+        codes: With which each has to end, or a function that says whether they may end so. Default: 0, all of them.
+        meanwhile: Is given the processes, once all have been started.
     """
     with tempfile.TemporaryDirectory() as logs:
         files = [(f'{logs}/out{number}', f'{logs}/err{number}') for number in range(len(calls))]
@@ -165,15 +169,17 @@ def in_forks(work, calls, environments, seconds=300):
         for fork in forks:
             fork.start()
         patience = time.monotonic() + seconds
+        meanwhile(forks)
         for fork in forks:
             fork.join(max(0, patience - time.monotonic()))
-        codes = [fork.exitcode for fork in forks]
+        ended = [fork.exitcode for fork in forks]
         for fork in forks:
             fork.kill()
             fork.join()
             fork.close()
         said = [[Path(file).read_text() for file in pair] for pair in files]
-    assert not any(codes) and None not in codes, (codes, said)
+    is_right = codes(ended) if callable(codes) else ended == (codes or [0] * len(forks))
+    assert is_right, (ended, said)
     return [out for out, _ in said]
 
 
@@ -188,14 +194,37 @@ def _in_fork(work, arguments, environment, files):
     work(*arguments)
 
 
-def on_two_ranks(code, folder):
-    """Run Python code, for which `dist` is there, on two ranks that are joined, in `folder`; what each printed."""
+def launched(ranks, nodes=1):
+    """The environments of so many ranks, with what Composer's launcher puts there."""
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         port = str(free.getsockname()[1])
-    world = {'WORLD_SIZE': '2', 'LOCAL_WORLD_SIZE': '2', 'NODE_RANK': '0', 'MASTER_ADDR': '127.0.0.1'}
-    ranks = [{**os.environ, **world, 'MASTER_PORT': port, 'RANK': rank, 'LOCAL_RANK': rank} for rank in '01']
-    return in_forks(_be_rank, 2 * [(code, folder)], ranks, seconds=120)
+    here = ranks // nodes
+    return [
+        {
+            **os.environ,
+            **{'WORLD_SIZE': str(ranks), 'LOCAL_WORLD_SIZE': str(here)},
+            **{'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': port},
+            **{'RANK': str(rank), 'LOCAL_RANK': str(rank % here), 'NODE_RANK': str(rank // here)},
+            'OMP_NUM_THREADS': '1',
+        }
+        for rank in range(ranks)
+    ]
+
+
+def on_two_ranks(code, folder):
+    """Run Python code, for which `dist` is there, on two ranks that are joined, in `folder`; what each printed."""
+    return in_forks(_be_rank, 2 * [(code, folder)], launched(2), seconds=120)
+
+
+def in_teams(teams, code, ranks, nodes=1, timeout=20, codes=None):
+    """Run Python code, for which their `team` is there, on ranks that are split into teams; what each printed."""
+    return in_forks(_be_in_team, ranks * [(teams, code, timeout)], launched(ranks, nodes), 120, codes)
+
+
+def _be_in_team(teams, code, timeout):
+    team = composer_teams.split(teams, timeout=timeout)
+    exec(code, {'__name__': '__main__', 'team': team})
 
 
 def _be_rank(code, folder):
