@@ -51,17 +51,18 @@ class Jobs:
     Args:
         jobs: How many at the same time. Default: None, as many as there are GPUs for, or one without any.
         gpus_per_job: GPUs of each job, which has as many ranks. Default: None, all GPUs, divided among the jobs.
+        ranks: Processes of each job where there are no GPUs. Default: None, one.
 
     Attributes:
         running: The jobs at work.
 
     Raises:
-        RecipeError: Either is less than 1, or there are fewer GPUs than a job is to have, or than jobs of
-            several are to have.
+        RecipeError: One of them is less than 1, or there are fewer GPUs than a job is to have, or than jobs of
+            several are to have, or GPUs say how many ranks there are.
     """
 
-    def __init__(self, jobs: int | None = None, gpus_per_job: int | None = None):
-        for name, value in (('jobs', jobs), ('gpus-per-job', gpus_per_job)):
+    def __init__(self, jobs: int | None = None, gpus_per_job: int | None = None, ranks: int | None = None):
+        for name, value in (('jobs', jobs), ('gpus-per-job', gpus_per_job), ('ranks', ranks)):
             if value is not None and value < 1:
                 raise RecipeError(f'--{name} must be 1 or more, not {value}')
         self._gpus = _gpus()
@@ -70,8 +71,11 @@ class Jobs:
         if jobs and gpus_per_job and jobs * gpus_per_job > len(self._gpus) and gpus_per_job > 1:
             todo = 'give less of either, since jobs of several GPUs share none'
             raise RecipeError(f'--jobs {jobs} --gpus-per-job {gpus_per_job}: there are {len(self._gpus)} GPUs; {todo}')
+        if ranks is not None and self._gpus:
+            raise RecipeError(f'--ranks {ranks}: a job has as many ranks as GPUs; take --gpus-per-job')
         self._gpus_per_job = gpus_per_job or max(1, len(self._gpus) // (jobs or 1))
         self._slots = jobs or max(1, len(self._gpus) // self._gpus_per_job)
+        self._ranks = ranks or self._gpus_per_job
         self._free = list(range(self._slots))
         self.running: list[Job] = []
         self._interrupts = Interrupts()
@@ -101,7 +105,7 @@ class Jobs:
             The job; None if an earlier one with this log is still at work.
         """
         log.parent.mkdir(parents=True, exist_ok=True)
-        command, more = launching(arguments, self._gpus_per_job)
+        command, more = launching(arguments, self._ranks)
         with log.open('ab') as file:
             if not _lock(file):
                 return None
@@ -149,7 +153,8 @@ class Jobs:
             own = [self._gpus[(first + index) % len(self._gpus)] for index in range(self._gpus_per_job)]
             environment['CUDA_VISIBLE_DEVICES'] = ','.join(own)
         else:
-            environment.setdefault('OMP_NUM_THREADS', str(max(1, (os.cpu_count() or 1) // self._slots)))
+            processes = self._slots * self._ranks
+            environment.setdefault('OMP_NUM_THREADS', str(max(1, (os.cpu_count() or 1) // processes)))
         return environment
 
 

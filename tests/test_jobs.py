@@ -117,6 +117,10 @@ def test_cores_are_shared(scripts, monkeypatch):
     with Jobs(3) as processes:
         processes.start(['pass'], Path('x.log'))
     assert scripts[0][1]['OMP_NUM_THREADS'] == '2'
+    with Jobs(2, ranks=2) as processes:
+        processes.start(['pass'], Path('x.log'))
+    command, environment = scripts[1]
+    assert command[command.index('-n') + 1] == '2' and environment['OMP_NUM_THREADS'] == '2'
 
 
 @pytest.mark.parametrize(
@@ -124,6 +128,8 @@ def test_cores_are_shared(scripts, monkeypatch):
     [
         ((0, None), '--jobs must be 1 or more, not 0'),
         ((None, -1), '--gpus-per-job must be 1 or more, not -1'),
+        ((None, None, 0), '--ranks must be 1 or more, not 0'),
+        ((None, None, 2), '--ranks 2: a job has as many ranks as GPUs; take --gpus-per-job'),
         ((None, 5), '--gpus-per-job 5: there are only 4 GPUs here'),
         (
             (3, 2),

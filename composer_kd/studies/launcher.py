@@ -42,10 +42,11 @@ class LocalLauncher:
     Args:
         jobs: See `composer_kd.jobs.Jobs`.
         gpus_per_job: See there.
+        ranks: See there.
     """
 
-    def __init__(self, jobs: int | None = None, gpus_per_job: int | None = None):
-        self._jobs = Jobs(jobs, gpus_per_job)
+    def __init__(self, jobs: int | None = None, gpus_per_job: int | None = None, ranks: int | None = None):
+        self._jobs = Jobs(jobs, gpus_per_job, ranks)
         self._cells: dict[Job, Cell] = {}
 
     def __enter__(self) -> Self:

@@ -26,6 +26,7 @@ def sweep(
     *,
     jobs: int | None = None,
     gpus_per_job: int | None = None,
+    ranks: int | None = None,
     launcher: str = 'local',
     slurm: Sequence[str] = (),
     retry: bool = False,
@@ -39,6 +40,7 @@ def sweep(
         file: The sweep file.
         jobs: Runs at the same time. Default: None, as many as there are GPUs for, or one without any.
         gpus_per_job: GPUs of each run. Default: None, all GPUs, divided among the runs at the same time.
+        ranks: Processes of each run where there are no GPUs. Default: None, one.
         launcher: `local`, processes of this machine; or `slurm`.
         slurm: For that, `key=value` as submitit names them.
         retry: Whether to start again what failed before.
@@ -52,6 +54,8 @@ def sweep(
     """
     if slurm and launcher != 'slurm':
         raise RecipeError(f'--slurm {slurm[0]}: is for --launcher slurm; add that, or leave it out')
+    if ranks is not None and launcher == 'slurm':
+        raise RecipeError(f'--ranks {ranks}: is for --launcher local; take --gpus-per-job')
     study, cells = read_sweep(file)
     if dry_run:
         print(_listing(cells))
@@ -61,7 +65,7 @@ def sweep(
 
         starter: Launcher = SlurmLauncher(study.folder, jobs, gpus_per_job, slurm)
     else:
-        starter = LocalLauncher(jobs, gpus_per_job)
+        starter = LocalLauncher(jobs, gpus_per_job, ranks)
     with study.locked():
         study.write([cell.name for cell in cells if cell.role == 'student'])
         return _Driver(study, cells, starter, retry).work()
