@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from composer_kd.files import unfinished
+
 # Beside tensors, a Composer checkpoint holds random states (NumPy arrays), a clock and a version: plain values all.
 _PLAIN_VALUES = [
     np.ndarray,
@@ -28,6 +30,7 @@ _PLAIN_VALUES = [
 
 _LATEST = 'latest'  # what one may write behind the folder of a run
 _LATEST_CHECKPOINT = 'latest-rank0.pt'
+_SAVED = re.compile(r'ep\d+-ba(\d+)-rank0\.pt')  # as Composer names them, unless it is told otherwise
 
 
 class CheckpointError(RuntimeError):
@@ -55,6 +58,34 @@ def find_checkpoint(path: str | Path) -> Path | None:
         path = path.parent
     places = path, path / 'checkpoints' / _LATEST_CHECKPOINT, path / _LATEST_CHECKPOINT
     return next((place.resolve() for place in places if place.is_file()), None)
+
+
+def kept_checkpoints(folder: Path) -> dict[int, Path]:
+    """The checkpoints of a run by their batches, from the first to the latest; none if they have other names.
+
+    Args:
+        folder: Where it saves them.
+    """
+    latest = folder / _LATEST_CHECKPOINT
+    end = _SAVED.fullmatch(latest.resolve().name) if latest.exists() else None
+    if end is None:
+        return {}
+    found = {int(match[1]): path for path in folder.iterdir() if (match := _SAVED.fullmatch(path.name))}
+    return {batch: found[batch] for batch in sorted(found) if batch <= int(end[1])}
+
+
+def go_back(folder: Path, batch: int) -> None:
+    """Make the checkpoint of a batch the latest one of a run, that of batch 0 being none; later ones are removed."""
+    kept, latest = kept_checkpoints(folder), folder / _LATEST_CHECKPOINT
+    if batch:
+        link = unfinished(latest)
+        link.symlink_to(kept[batch].name)
+        link.replace(latest)
+    else:
+        latest.unlink(missing_ok=True)
+    for later, path in kept.items():
+        if later > batch:
+            path.unlink()
 
 
 def find_paths(pattern: str) -> list[Path]:

@@ -7,9 +7,11 @@ import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 
+from composer_kd.launching import leave_ranks
+
 COMMANDS = ('check', 'export', 'glue', 'record', 'sweep', 'sequence', 'report', 'churn')
-SECONDS_FOR_THREADS = 0.1
 SECONDS_FOR_RANK_ZERO = 20  # to say what is wrong, before another rank does
+SECONDS_FOR_TEAM_ZERO = 5  # likewise, before another team's rank 0 does
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,6 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     sweep = commands.add_parser('sweep', help='run a grid of recipes, each run a process of its own; rows at the end')
     sweep.add_argument('file', metavar='SWEEP', help='a YAML file with `methods`')
     sweep.add_argument('--jobs', metavar='N', type=int, help='runs at the same time; default: as many as have GPUs')
+    sweep.add_argument(
+        '-n', '--ranks', metavar='RANKS', type=int, help='processes of each run, without GPUs; default: 1'
+    )
     sweep.add_argument('--launcher', choices=('local', 'slurm'), default='local', help='default: %(default)s')
     sweep.add_argument(
         '--slurm', metavar='key=value', action='append', default=[], help='for the launcher slurm, as submitit names it'
@@ -122,6 +127,7 @@ def run_sweep(arguments: argparse.Namespace) -> None:
         arguments.file,
         jobs=arguments.jobs,
         gpus_per_job=arguments.gpus_per_job,
+        ranks=arguments.ranks,
         launcher=arguments.launcher,
         slurm=arguments.slurm,
         retry=arguments.retry,
@@ -220,18 +226,6 @@ def launch(arguments: Sequence[str], ranks: int) -> None:
         os.execv(sys.executable, command)
 
 
-def leave_ranks() -> None:
-    """Part from the other ranks, if there are any, when all have done their work."""
-    import torch.distributed
-
-    if torch.distributed.is_initialized():
-        # Gloo's threads free the tensors of what was gathered last, for which they need Python's lock; torch keeps it
-        # while it waits for these threads to end. So they get it now.
-        torch.distributed.barrier()
-        time.sleep(SECONDS_FOR_THREADS)
-        torch.distributed.destroy_process_group()
-
-
 def run_recipe(file: str, overrides: Sequence[str]) -> int:
     """Run a recipe on this rank; returns the exit code."""
 
@@ -247,21 +241,30 @@ def run_recipe(file: str, overrides: Sequence[str]) -> int:
 def guarded(work: Callable[[], None]) -> int:
     """Do some work on a recipe; an error that people can cause becomes one line, and the exit code.
 
-    Of several ranks the first speaks. The others wait for the launcher to end them once it has, and speak up only if it
-    has not: then the error is theirs alone.
+    Of several ranks the first speaks, of several teams the first rank of the first. The others wait for the launcher to
+    end them once it has, and speak up only if it has not: then the error is theirs alone. That another team is lost
+    each says at once.
     """
     try:
         work()
     except KeyboardInterrupt:
         return 130
     except Exception as error:
-        from composer_kd.recipes.load import RecipeError  # now, since Composer takes seconds to import
+        # Now, since Composer takes seconds to import.
+        from composer_kd.channel import PeerLost
+        from composer_kd.recipes.load import RecipeError
+        from composer_kd.teams import current
 
         if not isinstance(error, RecipeError):
             raise
-        rank = int(os.environ.get('RANK', 0))
+        rank, team = int(os.environ.get('RANK', 0)), current()
+        who, patience = [], 0
+        if team and team.index > 0:
+            who, patience = [f'team{team.index}'], SECONDS_FOR_TEAM_ZERO
         if rank > 0:
-            time.sleep(SECONDS_FOR_RANK_ZERO)
-        print(f'rank {rank}: {error}' if rank > 0 else error, file=sys.stderr, flush=True)
+            who, patience = [*who, f'rank {rank}'], SECONDS_FOR_RANK_ZERO
+        if not isinstance(error.__cause__, PeerLost):
+            time.sleep(patience)
+        print(*who, error, sep=': ', file=sys.stderr, flush=True)
         return error.exit_code
     return 0

@@ -9,8 +9,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
 
+from composer_kd.algorithms import Codistillation
 from composer_kd.algorithms.inputs import changes_inputs, refuse_changed_inputs
 from composer_kd.checkpoints import find_paths
+from composer_kd.exchange import make_exchange
 from composer_kd.recipes.bind import bind, signature
 from composer_kd.recipes.folder import finished_run, run_folder
 from composer_kd.recipes.load import NAMED_SECTIONS, SECTIONS, Recipe, RecipeError, load, nearest
@@ -103,13 +105,14 @@ def check(recipe: Recipe, trail: tuple[Path, ...] = ()) -> Plan:
     """
     config = recipe.config
     trainer_keys = [key for key in signature(_trainer()) if key not in _NOT_PLAIN]
-    known = [*SECTIONS, 'runs_dir', *trainer_keys]
+    known = [*SECTIONS, 'runs_dir', 'teams', 'team_data', 'of_teams', *trainer_keys]
     for key in config:
         if key not in known:
             raise recipe.error((key,), f'a recipe has no {key!r}; {nearest(key, known)}')
     for key in ('model', 'train_data', 'max_duration'):
         if config.get(key) is None:
             raise recipe.error((), f'the recipe has no {key!r}; add it')
+    _check_teams(recipe)
     for key, value in DEFAULTS.items():
         config.setdefault(key, value)
 
@@ -128,6 +131,7 @@ def check(recipe: Recipe, trail: tuple[Path, ...] = ()) -> Plan:
     _check_values(recipe)
     plan.teachers = _teachers(recipe, (*trail, recipe.path.resolve()))
     _check_algorithms(plan)
+    _check_team_data(plan)
     for scheduler in plan.schedulers:
         scheduler()
     return plan
@@ -143,8 +147,20 @@ def call_of(recipe: Recipe, section: Literal['model', 'eval_data']) -> Call:
 
 
 def takes_teachers(call: Call) -> bool:
-    """Whether an algorithm is one that distills."""
+    """Whether an algorithm is one that distills from teachers that a recipe names."""
     return 'teachers' in signature(call.target)
+
+
+def codistills(call: Call) -> bool:
+    """Whether an algorithm is one that distills from other teams."""
+    return call.target is Codistillation
+
+
+def team_data(plan: Plan) -> str:
+    """What each of several teams trains on: the `'same'` batches, `'shared'` or `'disjoint'` data."""
+    exchange = exchange_of(plan)
+    usual = {None: 'shared', 'predictions': 'same'}.get(exchange, 'disjoint')
+    return plan.recipe.config.get('team_data') or usual
 
 
 def _trainer() -> Target:
@@ -177,7 +193,7 @@ def _named(recipe: Recipe, section: str) -> list[Call]:
         target = resolve(recipe, key, section.removesuffix('s'), name)
         if target in calls:
             raise recipe.error(key, f'is there already, as {calls[target].key[-1]!r}; remove one')
-        supplied = {'teachers'} if section == 'algorithms' and 'teachers' in signature(target) else set()
+        supplied = {'teachers', 'team'} & signature(target).keys() if section == 'algorithms' else set()
         calls[target] = Call(recipe, key, target, bind(recipe, key, target, arguments, supplied))
     return list(calls.values())
 
@@ -277,7 +293,52 @@ def _teacher_recipe(recipe: Recipe, key: tuple, path: object, overrides: object,
     name = '.'.join(map(str, (*key, 'overrides')))
     teacher = load(found, overrides, f'{recipe.where((*key, "overrides"))}: {name}')
     teacher.config |= {name: recipe.config[name] for name in INHERITED if name in recipe.config}
+    if teacher.config.get('teams', 1) != 1:
+        todo = 'let them train first and give their folder as `runs`, or teams=1 among its `overrides`'
+        raise recipe.error((*key, 'recipe'), f'{found} is a recipe of {teacher.config["teams"]} teams; {todo}')
     return check(teacher, trail)
+
+
+def _check_teams(recipe: Recipe) -> None:
+    """Check how many teams there are to be; a recipe of one team is a recipe without teams."""
+    teams = recipe.config.get('teams', 1)
+    if isinstance(teams, bool) or not isinstance(teams, int) or teams < 1:
+        raise recipe.error(('teams',), f'must be how many teams there are, 1 or more, not {teams!r}')
+    if teams == 1:
+        recipe.config.pop('teams', None)
+    else:  # teams that are killed have saved different batches, but have the one before in common
+        recipe.config.setdefault('save_num_checkpoints_to_keep', 2)
+
+
+def exchange_of(plan: Plan) -> str | None:
+    """What teams tell each other, by its name; None if they do not learn from each other."""
+    asked = [call.arguments.get('exchange', 'predictions') for call in plan.algorithms if codistills(call)]
+    return make_exchange(asked[0]).name if asked else None
+
+
+def _check_team_data(plan: Plan) -> None:
+    """Check whether teams can have the data that they are to have."""
+    recipe, known = plan.recipe, ('same', 'shared', 'disjoint')
+    given = recipe.config.get('team_data')
+    if given is not None and given not in known:
+        raise recipe.error(('team_data',), f'must be one of {", ".join(known)}, not {given!r}')
+    if 'teams' not in recipe.config:
+        if given is not None:
+            raise recipe.error(('team_data',), 'is for several teams; add `teams: 2`, or leave it out')
+        return
+    if exchange_of(plan) == 'predictions' and team_data(plan) != 'same':
+        todo = 'leave it out, or exchange weights'
+        raise recipe.error(
+            ('team_data',), f'predictions are exchanged about the same batches, not {given!r} data; {todo}'
+        )
+    if team_data(plan) != 'disjoint':
+        return
+    if 'part' not in signature(plan.train_data.target):
+        todo = 'say `team_data: shared`, or take a data set that can'
+        raise recipe.error(('train_data',), f'cannot be dealt out to teams in disjoint parts; {todo}')
+    if recipe.config['train_data'].get('part') is not None:
+        todo = 'leave it out, or say `team_data: shared`'
+        raise recipe.error(('train_data', 'part'), f'teams with disjoint data have parts of their own; {todo}')
 
 
 def _check_values(recipe: Recipe) -> None:
@@ -287,8 +348,9 @@ def _check_values(recipe: Recipe) -> None:
     config = recipe.config
     if Time.from_input(config['max_duration'], TimeUnit.EPOCH).unit in (TimeUnit.SECOND, TimeUnit.DURATION):
         raise recipe.error(('max_duration',), 'a run is as long as so many epochs, batches, samples or tokens')
-    if config['seed'] is None or not 0 <= config['seed'] < 2**32 - 1:
-        raise recipe.error(('seed',), f'must be from 0 to 2**32 - 2, not {config["seed"]!r}')
+    teams = config.get('teams', 1)  # each with a seed of its own
+    if config['seed'] is None or not 0 <= config['seed'] < 2**32 - teams:
+        raise recipe.error(('seed',), f'must be from 0 to 2**32 - {teams + 1}, not {config["seed"]!r}')
     if not isinstance(config['runs_dir'], str):
         raise recipe.error(('runs_dir',), f'must be the path of a folder, not {config["runs_dir"]!r}')
     name = config.get('run_name')
@@ -301,21 +363,19 @@ def _check_algorithms(plan: Plan) -> None:
     from composer.core import Event
 
     recipe = plan.recipe
-    distilling = [call for call in plan.algorithms if takes_teachers(call)]
+    distilling = [call for call in plan.algorithms if takes_teachers(call) or codistills(call)]
     if len(distilling) > 1:
         raise recipe.error(
             distilling[1].key, f'one distilling algorithm per run; there is {distilling[0].key[-1]!r} already'
         )
-    if plan.teachers and not distilling:
+    if plan.teachers and not any(map(takes_teachers, distilling)):
         raise recipe.error(('teachers',), 'nothing learns from them; add knowledge_distillation to `algorithms`')
-    if distilling and not plan.teachers:
+    if any(map(takes_teachers, distilling)) and not plan.teachers:
         raise recipe.error(distilling[0].key, 'there is no teacher to learn from; add a `teachers` section')
 
     ours = [call for call in plan.algorithms if call.target.__module__.startswith('composer_kd.')]
     built = {
-        id(call): call(**({'teachers': [_unbuilt_teacher()] * len(plan.teachers)} if call in distilling else {}))
-        for call in plan.algorithms
-        if call not in distilling or call in ours
+        id(call): call(**_stand_ins(plan, call)) for call in plan.algorithms if call not in distilling or call in ours
     }
     _check_inputs(plan, [(call, built[id(call)]) for call in plan.algorithms if call not in distilling])
     state: Any = SimpleNamespace(algorithms=list(built.values()))
@@ -331,6 +391,14 @@ def _check_inputs(plan: Plan, algorithms: Iterable[tuple[Call, Any]]) -> None:
     for call, algorithm in algorithms:
         if records and changes_inputs(algorithm):
             Call(plan.recipe, call.key, refuse_changed_inputs, {'algorithms': [algorithm], 'teacher': records[0]})()
+
+
+def _stand_ins(plan: Plan, call: Call) -> dict[str, Any]:
+    """What an algorithm is given that is not there yet."""
+    if codistills(call):
+        config = plan.recipe.config
+        return {'team': SimpleNamespace(index=0, number=config.get('teams') or config.get('of_teams', 1))}
+    return {'teachers': [_unbuilt_teacher()] * len(plan.teachers)} if takes_teachers(call) else {}
 
 
 def _unbuilt_teacher() -> Any:

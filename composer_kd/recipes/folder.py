@@ -92,6 +92,7 @@ def claim(recipe: Recipe, lock: FolderLock) -> tuple[Path, bool]:
                 raise recipe.error((), f'another process is at work in {folder}; {todo}', exit_code=1)
             continue
         if folder == own and _goes_on(recipe):
+            _check_teams(recipe, folder)
             return folder, False
         try:
             folder.mkdir(exist_ok=_is_left_over(folder))
@@ -169,6 +170,14 @@ def differences(one: Any, other: Any, key: str = '') -> list[str]:
         parts = [(f'{key}.{name}' if key else name, one.get(name), other.get(name)) for name in one | other]
         return [found for name, a, b in parts if not _is_beside_the_point(name) for found in differences(a, b, name)]
     return [] if one == other else [key]
+
+
+def _check_teams(recipe: Recipe, folder: Path) -> None:
+    """See whether the run to go on with is one of as many teams."""
+    before, now = (config.get('teams', 1) for config in (written_recipe(recipe, folder), recipe.config))
+    if before != now:
+        todo = f'give teams={before}, or choose another run_name'
+        raise recipe.error(('teams',), f'{folder} is of {before} team{"s" if before != 1 else ""}, not {now}; {todo}')
 
 
 def _is_left_over(folder: Path) -> bool:

@@ -14,11 +14,26 @@ from composer.loggers import Logger, LoggerDestination
 from composer.utils import dist
 
 from composer_kd import __version__
+from composer_kd.algorithms.knowledge_distillation import distillers
 from composer_kd.checkpoints import file_sha256
 from composer_kd.files import write
 from composer_kd.recipes.check import Plan
 from composer_kd.recipes.metrics_logger import read_metrics
 from composer_kd.teachers import TeacherPool
+from composer_kd.teams import current
+
+
+def say(text: str, once: bool = False) -> None:
+    """Print something as rank 0. Of several teams, all but the first say who speaks.
+
+    Args:
+        text: One or more lines.
+        once: It is the same for all teams, so that the first alone says it.
+    """
+    team = current()
+    index = team.index if team else 0
+    if dist.get_global_rank() == 0 and not (once and index):
+        print('\n'.join(f'team{index}: {line}' if index else line for line in text.split('\n')), flush=True)
 
 
 class EvaluationLines(LoggerDestination):
@@ -33,9 +48,8 @@ class EvaluationLines(LoggerDestination):
 
     def eval_after_all(self, state: State, logger: Logger) -> None:
         """Print it."""
-        if dist.get_global_rank() == 0:
-            values = ''.join(f'  {name.removeprefix("metrics/")} {value:.4f}' for name, value in self._values.items())
-            print(f'epoch {state.timestamp.epoch.value}  batch {state.timestamp.batch.value}{values}', flush=True)
+        values = ''.join(f'  {name.removeprefix("metrics/")} {value:.4f}' for name, value in self._values.items())
+        say(f'epoch {state.timestamp.epoch.value}  batch {state.timestamp.batch.value}{values}')
         self._values = {}
 
 
@@ -51,7 +65,7 @@ def summarize(plan: Plan, trainer: Trainer, folder: Path, teacher_training_secon
     losses = {name: value for name, value in rows[-1].items() if name.startswith('loss/')} if rows else {}
     state = trainer.state
     seconds = state.timestamp.total_wct.total_seconds()
-    pools = [pool for a in state.algorithms if isinstance(pool := getattr(a, 'pool', None), TeacherPool)]
+    pools = [distiller.pool for distiller in distillers(state.algorithms)]
     summary = {
         'run_name': state.run_name,
         'recipe': str(plan.recipe.path),

@@ -9,7 +9,7 @@ import time
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,12 +21,17 @@ from composer.core import Event
 from composer.utils import dist, ensure_tuple, get_device
 
 from composer_kd.algorithms import (
+    Codistillation,
     EarlyStopDistillation,
     KnowledgeDistillation,
     RegularizationSchedule,
     TeacherSampling,
 )
+from composer_kd.algorithms.knowledge_distillation import distillers
+from composer_kd.channel import PeerLost
+from composer_kd.checkpoints import kept_checkpoints
 from composer_kd.data.text_files import TextError
+from composer_kd.launching import leave_ranks
 from composer_kd.memory import end_workers, free_closed_runs
 from composer_kd.recipes.build import build
 from composer_kd.recipes.check import Plan, TeacherPlan, TeacherRun, check
@@ -40,18 +45,20 @@ from composer_kd.recipes.folder import (
     write_recipe,
     written_recipe,
 )
-from composer_kd.recipes.load import Recipe, load
+from composer_kd.recipes.load import Recipe, RecipeError, load
 from composer_kd.recipes.lock import FolderLock
 from composer_kd.recipes.metrics_logger import MetricsLogger
-from composer_kd.recipes.report import EvaluationLines, lines, summarize
+from composer_kd.recipes.report import EvaluationLines, lines, say, summarize
+from composer_kd.recipes.team_run import TeamRun, join
 from composer_kd.teachers import TeacherError
+from composer_kd.teams import current
 from composer_kd.tokenization import saved_tokenizer, tokenizer_difference
 
 # NotImplementedError is how Composer refuses settings that do not go together.
 _CAUSED_BY_PEOPLE = (ValueError, OSError, ImportError, NotImplementedError, TeacherError)
 _CAUSED_BY_CHECKPOINTS = (RuntimeError, LookupError, EOFError, pickle.UnpicklingError)
 
-_OURS = (EarlyStopDistillation, KnowledgeDistillation, RegularizationSchedule, TeacherSampling)
+_OURS = (Codistillation, EarlyStopDistillation, KnowledgeDistillation, RegularizationSchedule, TeacherSampling)
 
 _signal_file = dist.get_node_signal_file_name
 
@@ -66,18 +73,22 @@ def run(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         overrides: `key.sub=value`.
 
     Returns:
-        The summary of the run, as in its `summary.json`.
+        The summary of the run, as in its `summary.json`; in a launch of several teams, that of this team's run.
 
     Raises:
         RecipeError: If the recipe is wrong, or cannot be followed here.
     """
-    plan = check(load(path, overrides))
+    plan, team = join(check(load(path, overrides)), overrides)
     start(plan)
     on_rank_zero(lambda: check_name(plan.recipe))
     _rehearse(plan)
     try:
-        with FolderLock(plan.recipe) as lock:
-            return _train(plan, lock)
+        with FolderLock(plan.recipe) as lock, team or nullcontext():
+            summary = _train(plan, lock, team)
+            if team:
+                leave_ranks()  # who would otherwise wait for rank 0 while that waits for other teams
+                team.conclude(summary)
+            return summary
     finally:
         free_closed_runs()
 
@@ -97,7 +108,7 @@ def assemble(plan: Plan, look: Callable[[dict[str, Any]], None]) -> dict[str, An
 
 def start(plan: Plan) -> None:
     """Set up what all runs of this process share."""
-    device, ranks = plan.trainer.get('device'), dist.get_local_world_size()
+    device, ranks, team = plan.trainer.get('device'), dist.get_local_world_size(), current()
     try:
         get_device(device)
         if dist.get_world_size() > 1:
@@ -107,8 +118,9 @@ def start(plan: Plan) -> None:
     if dist.get_world_size() > ranks:
         dist.get_node_signal_file_name = _signal_file_of_node
     on_cpu = device == 'cpu' or not torch.cuda.is_available()
-    if on_cpu and ranks > 1 and 'OMP_NUM_THREADS' not in os.environ:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))  # ranks that share cores stall each other
+    processes = team.processes_here if team else ranks
+    if on_cpu and processes > 1 and 'OMP_NUM_THREADS' not in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))  # ranks that share cores stall each other
     warnings.filterwarnings('ignore', message='Cannot split tensor of length')  # the last batch is a small one
 
 
@@ -145,30 +157,34 @@ def _rehearse_algorithms(recipe: Recipe, keywords: dict[str, Any]) -> None:
         for algorithm in keywords['algorithms']:
             if isinstance(algorithm, _OURS):
                 algorithm.apply(Event.INIT, state, logger)
-        for algorithm in state.algorithms:
-            if isinstance(algorithm, KnowledgeDistillation | RegularizationSchedule):
-                algorithm.rehearse(state)
+        schedules = [algorithm for algorithm in state.algorithms if isinstance(algorithm, RegularizationSchedule)]
+        for algorithm in [*distillers(state.algorithms), *schedules]:
+            algorithm.rehearse(state)
     except TeacherError as error:
         raise recipe.error(('teachers',), str(error)) from error
     except ValueError as error:
         raise recipe.error((), str(error)) from error
 
 
-def _distillers(algorithms: Sequence[Any]) -> list[KnowledgeDistillation]:
-    return [algorithm for algorithm in algorithms if isinstance(algorithm, KnowledgeDistillation)]
-
-
-def _train(plan: Plan, lock: FolderLock) -> dict[str, Any]:
+def _train(plan: Plan, lock: FolderLock, team: TeamRun | None = None) -> dict[str, Any]:
     """Train the teachers that are to be trained first, then build and train; `lock` takes the folder."""
     recipe = plan.recipe
     teachers = [_teacher_run(teacher) for teacher in plan.teachers]
     keywords = build(plan, _checkpoints(teachers))
+    if team:
+        team.enter(recipe)
     folder, is_new = on_rank_zero(lambda: _claim(recipe, lock, keywords['model']))
     try:
-        trainer = _trainer(plan, keywords, folder)
+        if team:
+            team.level(folder)
+        trainer = _trainer(plan, keywords, folder, team)
     except Exception as error:
         if is_new:
-            _remove(folder)
+            _remove(folder, team)
+        if isinstance(error, RecipeError):
+            raise
+        if isinstance(error, PeerLost):
+            raise recipe.error(('teams',), str(error), exit_code=1) from error
         if isinstance(error, _CAUSED_BY_PEOPLE):
             raise recipe.error((), str(error), 2 if isinstance(error, ValueError) else 1) from error
         if isinstance(error, _CAUSED_BY_CHECKPOINTS) and (keywords.get('autoresume') or keywords.get('load_path')):
@@ -177,13 +193,16 @@ def _train(plan: Plan, lock: FolderLock) -> dict[str, Any]:
         raise
     batches = trainer.state.timestamp.batch
     try:
+        if team:
+            team.compare(batches.value)
         _fit(trainer)
     except BaseException as error:
         trainer.engine.close()  # not trainer.close(), which would wait for ranks that may never come
         end_workers(trainer.state)
         if is_new and trainer.state.timestamp.batch - batches <= 1 and not trainer.saved_checkpoints:
-            _remove(folder)
-        for kind, key in ((TeacherError, 'teachers'), (TextError, 'train_data')):
+            _remove(folder, team)
+        teachers = 'teachers' if 'teachers' in recipe.config else 'algorithms'
+        for kind, key in ((TeacherError, teachers), (TextError, 'train_data'), (PeerLost, 'teams')):
             if isinstance(error, kind):
                 raise recipe.error((key,), str(error), exit_code=1) from error
         raise
@@ -191,7 +210,7 @@ def _train(plan: Plan, lock: FolderLock) -> dict[str, Any]:
     end_workers(trainer.state)
     seconds = sum(run.seconds for run in teachers if run)
     summary = on_rank_zero(lambda: summarize(plan, trainer, folder, seconds))
-    _say(lines(summary, folder))
+    say(lines(summary, folder))
     return summary
 
 
@@ -204,7 +223,7 @@ def _claim(recipe: Recipe, lock: FolderLock, model: Any) -> tuple[Path, bool]:
                 # Its weights are those of the recipe that is written there, by which it is found as a teacher.
                 what = f'{folder} is a finished run of another recipe, which differs in {", ".join(changed)}'
                 raise recipe.error((), f'{what}; only max_duration may change, so choose another run_name')
-            print(f'going on in {folder} with another recipe than it began with: {", ".join(changed)} changed')
+            say(f'going on in {folder} with another recipe than it began with: {", ".join(changed)} changed')
         latest = folder / 'checkpoints' / 'latest-rank0.pt'
         if latest.exists() and not zipfile.is_zipfile(latest):
             todo = f'put one back that is whole, or delete {folder} to start anew'
@@ -217,25 +236,32 @@ def _claim(recipe: Recipe, lock: FolderLock, model: Any) -> tuple[Path, bool]:
     return folder, is_new
 
 
-def _remove(folder: Path) -> None:
+def _remove(folder: Path, team: TeamRun | None) -> None:
     if dist.get_global_rank() == 0:
         shutil.rmtree(folder, ignore_errors=True)
+        if team:
+            team.remove()
 
 
-def _trainer(plan: Plan, keywords: dict[str, Any], folder: Path) -> Trainer:
+def _trainer(plan: Plan, keywords: dict[str, Any], folder: Path, team: TeamRun | None) -> Trainer:
     """The Trainer, with what every run of a recipe has."""
     defaults = {'save_folder': str(folder / 'checkpoints'), 'save_overwrite': True, 'progress_bar': sys.stderr.isatty()}
-    keywords = defaults | keywords | {'run_name': folder.name}
+    keywords = defaults | keywords | {'run_name': team.name if team else folder.name}
     keywords['loggers'].append(MetricsLogger(folder / 'metrics.jsonl'))
+    if team:
+        keywords['callbacks'].append(team.signs_of_life())
     if not keywords['progress_bar'] and not keywords.get('log_to_console'):
         keywords['loggers'].append(EvaluationLines())
     trainer = Trainer(**keywords)
+    if team:
+        team.meet_to_save(trainer)
     if dist.get_global_rank() == 0:
         write_recipe(plan.recipe, folder)
         latest = Path(keywords['save_folder'] or '', 'latest-rank0.pt')
-        if keywords['save_folder'] and latest.is_symlink():
-            # Composer forgets at resume which checkpoint it came from, and would leave it behind for ever.
-            trainer.saved_checkpoints.append(str(latest.parent / latest.readlink()))
+        if keywords['save_folder'] and keywords.get('autoresume') and latest.is_symlink():
+            # Composer forgets at resume which checkpoints there are, and would leave them behind for ever.
+            kept = kept_checkpoints(latest.parent).values() or [latest.parent / latest.readlink()]
+            trainer.saved_checkpoints.extend(map(str, kept))
     return trainer
 
 
@@ -246,7 +272,7 @@ def _fit(trainer: Trainer) -> None:
         trainer.fit()
         return
     # A run that was interrupted between its last batch and its summary.
-    for distiller in _distillers(state.algorithms):
+    for distiller in distillers(state.algorithms):
         distiller.pool.release()
     if state.evaluators:
         trainer.eval()
@@ -260,23 +286,23 @@ def _teacher_run(teacher: TeacherPlan) -> TeacherRun | None:
     """Find the finished run of a teacher's recipe, or train it now; only one launch at a time does."""
     if teacher.recipe is None:
         if teacher.run and teacher.model:
-            _say(f'found the teacher {run_folder(teacher.model.recipe)}')
+            say(f'found the teacher {run_folder(teacher.model.recipe)}', once=True)
         return teacher.run
     recipe, folder = teacher.recipe.recipe, run_folder(teacher.recipe.recipe)
     with FolderLock(recipe) as lock:
         if not on_rank_zero(lambda: lock.take(folder)):
-            _say(f'waiting for another launch, which is at work in {folder}')
+            say(f'waiting for another {"team" if current() else "launch"}, which is at work in {folder}')
             while not on_rank_zero(lambda: lock.take(folder)):
                 time.sleep(SECONDS_BETWEEN_LOOKS)
         summary = on_rank_zero(lambda: finished_run(recipe))
         if summary is None:
-            _say(f'training the teacher {recipe.path} in {folder}')
+            say(f'training the teacher {recipe.path} in {folder}')
             recipe.config['autoresume'] = teacher.recipe.trainer['autoresume'] = True
             with _determinism_kept():
                 summary = _train(teacher.recipe, lock)
             free_closed_runs()
         else:
-            _say(f'found the teacher {recipe.path} in {folder}')
+            say(f'found the teacher {recipe.path} in {folder}', once=True)
     if summary['checkpoint'] is None:
         raise recipe.error(('save_folder',), 'a teacher needs a checkpoint: its recipe must not switch it off')
     return TeacherRun.of(summary, folder)
@@ -307,8 +333,3 @@ def _determinism_kept() -> Iterator[None]:
         torch.set_deterministic_debug_mode(mode)
         torch.backends.cudnn.benchmark = benchmark
         torch.backends.cudnn.deterministic = deterministic
-
-
-def _say(text: str) -> None:
-    if dist.get_global_rank() == 0:
-        print(text, flush=True)

@@ -1,5 +1,7 @@
 """Callbacks and models that recipes in these tests name by dotted path."""
 
+import os
+import signal
 import time
 import weakref
 from pathlib import Path
@@ -8,6 +10,7 @@ import torch
 from composer.core import Callback, DataSpec, State
 from composer.models import ComposerClassifier
 
+from composer_kd import teams
 from composer_kd.models import small_convnet
 
 
@@ -30,6 +33,30 @@ class Gate(Callback):
             Path('stopped').touch()
             while not Path('go').exists():
                 time.sleep(0.01)
+
+
+class KilledOnce(Callback):
+    """Kills its process at the end of a batch, if that is in team 1 and there is no file `killed` yet."""
+
+    def batch_end(self, state: State, logger) -> None:
+        team = teams.current()
+        if team and team.index == 1 and state.timestamp.batch == 12 and not Path('killed').exists():
+            Path('killed').touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+class MeetsUntilOneFails(Callback):
+    """The teams meet at the end of each batch, until one raises."""
+
+    def fit_start(self, state: State, logger) -> None:
+        team = teams.current()
+        assert team
+        self.channel, self.index = team.channel('test', 'cpu'), team.index
+
+    def batch_end(self, state: State, logger) -> None:
+        if self.index == 1 and state.timestamp.batch == 3:
+            raise ZeroDivisionError('team 1 has had enough')
+        self.channel.gather(torch.zeros(1))
 
 
 class RememberState(Callback):

@@ -1,0 +1,283 @@
+"""Recipes of several teams: N lone runs in one launch, that begin and end together."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from composer_kd import cli
+from composer_kd.checkpoints import find_checkpoint
+from composer_kd.recipes import RecipeError, check, load, run
+from composer_kd.recipes.metrics_logger import read_metrics
+from composer_kd.recipes.team_run import best
+from helpers import in_forks, launched
+
+HEAD = """\
+model: {name: small_convnet, num_classes: 10, width: 4}
+train_data: {name: digits, split: train, batch_size: 256, shuffle_seed: '${seed}'}
+eval_data: {name: digits, split: test, batch_size: 256}
+max_duration: 3ep
+seed: 3
+optimizer: {name: decoupled_sgdw, lr: 0.1, momentum: 0.9}
+device: cpu
+"""
+
+TEAMS = ('team0', 'team1')
+
+
+def _run(*overrides):
+    """Run the recipe on this rank; errors are printed where the rest is."""
+    cli.SECONDS_FOR_TEAM_ZERO = 0
+    sys.stderr = sys.stdout
+    sys.exit(cli.run_recipe('x.yaml', overrides))
+
+
+def launch(ranks, *overrides, codes=None):
+    """A launch of the recipe; what each rank printed."""
+    return in_forks(_run, ranks * [overrides], launched(ranks), 120, codes)
+
+
+def summary(folder):
+    return json.loads(Path(folder, 'summary.json').read_text())
+
+
+def weights(folder):
+    return torch.load(Path(folder, summary(folder)['checkpoint']), weights_only=False)['state']['model']
+
+
+def rows(folder):
+    """What was logged, but for what the clock says."""
+    return [
+        {name: value for name, value in row.items() if name != 'seconds'}
+        for row in read_metrics(Path(folder, 'metrics.jsonl'))
+    ]
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.mark.dist
+def test_two_teams_are_two_lone_runs_however_often_they_are_killed(write):
+    """Team 1 is killed in the third epoch, team 0 goes on to its end; resumed, team 1 does, too."""
+    write('callbacks: {parts.KilledOnce: {}}\n', 'x.yaml', HEAD)
+    both = ('teams=2', 'dist_timeout=10')
+    said = launch(2, *both, codes=[1, -signal.SIGKILL])
+    lines = said[0].splitlines()
+    assert lines[-1].startswith('command line: teams: the end of the launch: team 1 did not come within 9 s; look for')
+    assert not Path('runs/x/summary.json').exists()
+    kept = {path: sorted(one.name for one in Path('runs/x', path, 'checkpoints').glob('ep*')) for path in TEAMS}
+    assert kept == {
+        'team0': ['ep2-ba10-rank0.pt', 'ep3-ba15-rank0.pt'],
+        'team1': ['ep1-ba5-rank0.pt', 'ep2-ba10-rank0.pt'],
+    }
+
+    said = launch(2, *both, 'autoresume=true')
+    assert all(line.startswith('team1: ') for line in said[1].splitlines()) and 'x-team1: 3 epochs' in said[1]
+    for index in range(2):
+        launch(1, f'run_name=lone{index}', f'seed={3 + index}')
+        assert same(weights(f'runs/x/team{index}'), weights(f'runs/lone{index}'))
+        assert rows(f'runs/x/team{index}') == rows(f'runs/lone{index}')
+    assert not same(weights('runs/x/team0'), weights('runs/x/team1'))
+    kept = [sorted(one.name for one in Path('runs/x', path, 'checkpoints').glob('ep*')) for path in TEAMS]
+    assert kept == 2 * [['ep2-ba10-rank0.pt', 'ep3-ba15-rank0.pt']]
+
+    found, teams = summary('runs/x'), [summary(f'runs/x/{name}') for name in TEAMS]
+    accuracy = 'metrics/eval/MulticlassAccuracy'
+    number = max(range(2), key=lambda index: teams[index]['metrics'][accuracy])
+    assert (found['best_team'], found['best_by'], found['run_name']) == (number, accuracy, 'x')
+    assert found['teams'] == {name: one['metrics'] for name, one in zip(TEAMS, teams, strict=True)}
+    assert found['metrics'] == teams[number]['metrics']
+    assert found['checkpoint'] == f'team{number}/{teams[number]["checkpoint"]}'
+    assert f'x: team{number} is the best of 2 by {accuracy}' in said[0]
+    assert find_checkpoint('runs/x') == Path('runs/x', found['checkpoint']).resolve()
+
+    # The best is a teacher, each team a run, and a launch of another number another launch.
+    knows = ['teachers=[{name: network, runs: runs/x}]', 'algorithms.knowledge_distillation={}', 'max_duration=1ba']
+    assert run('x.yaml', [*knows, 'run_name=taught'])['teacher_forwards'] == 1
+    assert run('runs/x/team1/recipe.yaml', ['autoresume=true'])['run_name'] == 'team1'
+    with pytest.raises(RecipeError, match='runs/x is of 2 teams, not 1; give teams=2, or choose another run_name'):
+        run('x.yaml', ['autoresume=true'])
+
+    # Of no batch do both have a checkpoint.
+    Path('runs/x/team0/checkpoints/ep2-ba10-rank0.pt').unlink()
+    folder = Path('runs/x/team1/checkpoints')
+    (folder / 'ep3-ba15-rank0.pt').unlink()
+    (folder / 'latest-rank0.pt').unlink()
+    (folder / 'latest-rank0.pt').symlink_to('ep2-ba10-rank0.pt')
+    before = summary('runs/x')
+    said = launch(2, *both, 'autoresume=true', codes=[1, 1])
+    line = (
+        'command line: teams: the teams have no checkpoints of the same batch (team0: 15; team1: 10); delete runs/x to '
+        'start anew, or let each go on alone (composer runs/x/team0/recipe.yaml autoresume=true)\n'
+    )
+    assert said == [line, f'team1: {line}']
+    assert summary('runs/x') == before
+
+
+@pytest.mark.dist
+def test_two_teams_of_two_ranks_are_two_lone_runs_of_two(write):
+    write('', 'x.yaml', HEAD)
+    launch(4, 'teams=2', 'run_name=both', 'max_duration=1ep')
+    for index in range(2):
+        launch(2, f'run_name=lone{index}', f'seed={3 + index}', 'max_duration=1ep')
+        assert same(weights(f'runs/both/team{index}'), weights(f'runs/lone{index}'))
+        assert summary(f'runs/both/team{index}')['world_size'] == 2
+    assert sorted(path.name for path in Path('runs/both').iterdir()) == [
+        *('checkpoints', 'recipe.yaml', 'summary.json', 'team0', 'team1')
+    ]
+
+
+def composer(*arguments):
+    environment = os.environ | {'PYTHONPATH': str(Path(__file__).parent), 'PYTHONWARNINGS': 'ignore'}
+    command = [sys.executable, '-m', 'composer', *arguments]
+    return subprocess.run(
+        command, env=environment | {'OMP_NUM_THREADS': '1'}, capture_output=True, text=True, timeout=200
+    )
+
+
+@pytest.mark.dist
+def test_one_team_trains_the_teacher_of_all(write):
+    write('', 'teacher.yaml', HEAD)
+    write(
+        'teams: 2\nteachers: [{name: network, recipe: teacher.yaml}]\nalgorithms: {knowledge_distillation: {}}\n',
+        'x.yaml',
+        HEAD,
+    )
+    done = composer('-n', '2', '--stdout', 'rank{rank}.txt', '-m', 'composer_kd', 'x.yaml', 'max_duration=1ep')
+    assert done.returncode == 0, done.stdout + done.stderr
+    said = [done.stdout, Path('rank1.txt').read_text()]
+    assert sum(out.count('training the teacher teacher.yaml in runs/teacher') for out in said) == 1
+    assert sum(out.count('found the teacher') for out in said) <= 1
+    assert all(line.startswith('team1: ') for line in said[1].splitlines()) and 'x-team1: 1 epochs' in said[1]
+    assert 'x: team' in said[0] and 'team1: ' not in said[0]
+    assert sorted(path.name for path in Path('runs').iterdir()) == ['teacher', 'x']
+    assert [summary(f'runs/x/{name}')['teacher_forwards'] for name in TEAMS] == [5, 5]
+
+
+@pytest.mark.dist
+def test_the_error_of_a_team_ends_the_launch(write):
+    write('teams: 2\ncallbacks: {parts.MeetsUntilOneFails: {}}\n', 'x.yaml', HEAD)
+    begin = time.monotonic()
+    done = composer('-n', '2', '-m', 'composer_kd', 'x.yaml')
+    said = done.stdout + done.stderr
+    assert done.returncode != 0 and time.monotonic() - begin < 100
+    assert 'ZeroDivisionError: team 1 has had enough' in said
+    assert 'is gone' not in said.split('team 1 has had enough')[0]
+
+
+@pytest.mark.parametrize(
+    ('more', 'message'),
+    [
+        ('teams: 0\n', '4: teams: must be how many teams there are, 1 or more, not 0'),
+        ('teams: true\n', '4: teams: must be how many teams there are, 1 or more, not True'),
+        ("teams: '2'\n", "4: teams: must be how many teams there are, 1 or more, not '2'"),
+        ('teams: 2\nseed: 4294967294\n', '5: seed: must be from 0 to 2**32 - 3, not 4294967294'),
+        (
+            'teachers: [{name: network, recipe: two.yaml}]\nalgorithms: {knowledge_distillation: {}}\n',
+            '4: teachers.0.recipe: two.yaml is a recipe of 2 teams; let them train first and give their folder as',
+        ),
+    ],
+)
+def test_what_cannot_be(write, more, message):
+    write('teams: 2\n', 'two.yaml')
+    with pytest.raises(RecipeError) as error:
+        check(load(write(more)))
+    assert str(error.value).startswith(f'x.yaml:{message}')
+    assert check(load('two.yaml', ['teams=1'])).recipe.config.get('teams') is None
+
+
+def test_processes_that_cannot_be_so_many_teams(write, monkeypatch):
+    write('', 'x.yaml', HEAD)
+    for name in ('WORLD_SIZE', 'LOCAL_WORLD_SIZE'):
+        monkeypatch.setenv(name, '4')
+    with pytest.raises(RecipeError) as error:
+        run('x.yaml', ['teams=3'])
+    assert str(error.value).startswith('command line: teams: 4 processes cannot be 3 teams, but 1 or 2 or 4: ')
+    assert error.value.exit_code == 2
+    assert not Path('runs').exists()
+
+
+LOSS, ENTROPY, ACCURACY = 'loss/train/total', 'metrics/eval/CrossEntropy', 'metrics/eval/MulticlassAccuracy'
+
+
+@pytest.mark.parametrize(
+    ('metrics', 'decision'),
+    [
+        ([{LOSS: 1, ENTROPY: 1, ACCURACY: 0.5}, {LOSS: 2, ENTROPY: 2, ACCURACY: 0.6}], (1, ACCURACY)),
+        ([{LOSS: 1, ENTROPY: 2}, {LOSS: 2, ENTROPY: 1}], (1, ENTROPY)),
+        ([{LOSS: 3}, {LOSS: 2}, {LOSS: 1}, {LOSS: 1}], (2, LOSS)),
+        ([{ACCURACY: 'nan'}, {ACCURACY: 0.1}], (1, ACCURACY)),
+        ([{LOSS: 'nan'}, {LOSS: 5}], (1, LOSS)),
+        ([{}, {}], (0, LOSS)),
+    ],
+)
+def test_the_best(metrics, decision):
+    assert best(metrics) == decision
+
+
+CODISTILLED = """\
+algorithms: {codistillation: {exchange: EXCHANGE}}
+teams: 2
+"""
+
+
+@pytest.mark.dist
+def test_teams_that_teach_each_other(write):
+    """The same batches for predictions, disjoint halves for weights; each ends like its twin that was broken off."""
+    write(CODISTILLED.replace('EXCHANGE', 'predictions'), 'x.yaml', HEAD)
+    launch(2)
+    launch(2, 'run_name=again', 'max_duration=1ep')
+    launch(2, 'run_name=again', 'max_duration=3ep', 'autoresume=true')
+    for name in TEAMS:
+        assert same(weights(f'runs/x/{name}'), weights(f'runs/again/{name}'))
+        assert check(load(f'runs/x/{name}/recipe.yaml'))  # as a teacher, say
+    assert not same(weights('runs/x/team0'), weights('runs/x/team1'))
+    assert any('codistillation/bytes' in row for row in rows('runs/x/team1'))
+
+    weights_exchange = '{name: weights, interval: 2ba}'
+    write(CODISTILLED.replace('EXCHANGE', weights_exchange), 'x.yaml', HEAD.replace('256', '128'))
+    launch(2, 'run_name=weights', 'max_duration=2ep')
+    parts = [load(f'runs/weights/{name}/recipe.yaml').config['train_data']['part'] for name in TEAMS]
+    assert parts == [[0, 2], [1, 2]]
+    assert summary('runs/weights/team0')['batches'] == 2 * (1437 // 2 // 128)
+    assert summary('runs/weights/team0')['teacher_forwards'] > 0
+
+
+@pytest.mark.parametrize(
+    ('more', 'message'),
+    [
+        ('algorithms: {codistillation: {}}\n', '4: algorithms.codistillation: codistillation needs two teams or more'),
+        (CODISTILLED.replace('EXCHANGE', 'gossip'), "4: algorithms.codistillation: unknown exchange 'gossip'; known: "),
+        ('teams: 2\nteam_data: all\n', "5: team_data: must be one of same, shared, disjoint, not 'all'"),
+        ('team_data: same\n', '4: team_data: is for several teams; add `teams: 2`, or leave it out'),
+        (
+            CODISTILLED.replace('EXCHANGE', 'predictions') + 'team_data: shared\n',
+            '6: team_data: predictions are exchanged about the same batches',
+        ),
+        (
+            CODISTILLED.replace('EXCHANGE', '{name: folder, path: x, team: 0, teams: 2}'),
+            '4: algorithms.codistillation: a folder joins launches that are one team each',
+        ),
+        (
+            CODISTILLED.replace('EXCHANGE', 'predictions').replace(
+                'codistillation', 'knowledge_distillation: {}, codistillation'
+            ),
+            "4: algorithms.codistillation: one distilling algorithm per run; there is 'knowledge_distillation' already",
+        ),
+        (
+            CODISTILLED.replace('EXCHANGE', 'predictions') + 'teachers: [{name: network, model: {name: resnet18}}]\n',
+            '6: teachers: nothing learns from them; add knowledge_distillation',
+        ),
+    ],
+)
+def test_codistillation_that_cannot_be(write, more, message):
+    with pytest.raises(RecipeError) as error:
+        check(load(write(more)))
+    assert str(error.value).startswith(f'x.yaml:{message}')
