@@ -6,6 +6,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -28,12 +29,12 @@ _PACKAGES = (
 )
 
 
-def row(benchmark: str, **figures: Any) -> str:
+def row(benchmark: str, *, launcher: Sequence[str] = ('python',), **figures: Any) -> str:
     """One line of JSON: the figures, the command, the hardware, the versions, and the commit of this repository."""
     values = {
         'benchmark': benchmark,
         **figures,
-        'command': shlex.join(['python', *sys.argv]),
+        'command': shlex.join([*launcher, *sys.argv]),
         'hardware': {
             'cpu': _cpu(),
             'cores': os.cpu_count(),

@@ -12,10 +12,11 @@ from composer_kd import cli
 from composer_kd.models import masked_lm
 from composer_kd.recipes import check, load, run
 from composer_kd.recipes.metrics_logger import read_metrics
-from helpers import TINY_BERT, make_imagefolder, make_vocabulary
+from helpers import TINY_BERT, in_forks, launched, make_imagefolder, make_vocabulary
 
 YAMLS = sorted((Path(__file__).parents[1] / 'yamls').glob('*.yaml'))
 NAMES = [path.stem for path in YAMLS]
+TEAMS = [path for path in YAMLS if 'codistillation' in path.stem]
 RECORDED = [path for path in YAMLS if path.stem.endswith('_recorded')]
 DISTILLATION = {'knowledge_distillation', 'teacher_sampling', 'early_stop_distillation'}
 
@@ -104,7 +105,7 @@ def test_checks(path):
 
 
 @pytest.mark.filterwarnings('ignore::UserWarning:torch', 'ignore:.*lr_scheduler.step:UserWarning')
-@pytest.mark.parametrize('path', YAMLS, ids=NAMES)
+@pytest.mark.parametrize('path', [path for path in YAMLS if path not in TEAMS], ids=lambda path: path.stem)
 def test_trains_two_batches(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     local_data(tmp_path, monkeypatch)
@@ -123,6 +124,39 @@ def test_trains_two_batches(path, tmp_path, monkeypatch):
     assert any('loss/train/kd' in row for row in read_metrics(folder / 'metrics.jsonl')) == distills
     assert json.loads((folder / 'summary.json').read_text()) == summary
     assert (folder / summary['checkpoint']).is_file() and (folder / 'curves.png').is_file()
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    ('path', 'exchange'),
+    [
+        *((path, None) for path in TEAMS),
+        (YAMLS[0].parent / 'bert_mlm_codistillation.yaml', '{name: predictions, top: 5}'),
+    ],
+    ids=lambda value: getattr(value, 'stem', value),
+)
+def test_two_teams_train_three_batches(path, exchange, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    local_data(tmp_path, monkeypatch)
+    config = load(path).config
+    overrides = [*shrunk(path), 'max_duration=3ba']
+    by_weights = exchange is None and isinstance(config['algorithms']['codistillation']['exchange'], dict)
+    if exchange:
+        overrides.append(f'algorithms.codistillation.exchange={exchange}')
+    if by_weights:
+        overrides.append('algorithms.codistillation.exchange.interval=1ba')
+    in_forks(_run_rank, 2 * [(str(copy_beside(path, tmp_path / 'yamls')), overrides)], launched(2), 120)
+    folder = tmp_path / 'runs' / path.stem
+    assert json.loads((folder / 'summary.json').read_text())['best_team'] in (0, 1)
+    for team in ('team0', 'team1'):
+        assert any('codistillation/bytes' in row for row in read_metrics(folder / team / 'metrics.jsonl'))
+        assert any('loss/train/kd' in row for row in read_metrics(folder / team / 'metrics.jsonl'))
+        summary = json.loads((folder / team / 'summary.json').read_text())
+        assert (summary['teacher_forwards'] > 0) == by_weights and summary['batches'] == 3
+
+
+def _run_rank(recipe, overrides):
+    run(recipe, overrides)
 
 
 @pytest.mark.parametrize('path', [path for path in YAMLS if '_kd' in path.stem], ids=lambda path: path.stem)
@@ -162,4 +196,4 @@ def test_a_recorded_twin_differs_in_the_teacher_and_its_views_alone(path):
 def test_the_header_names_the_command(path):
     header = path.read_text().split('\n\n')[0].splitlines()
     assert all(line.startswith('#') for line in header)
-    assert any(line.endswith(f'composer yamls/{path.name}') for line in header)
+    assert any(re.search(rf'composer( -n \d+)? yamls/{re.escape(path.name)}$', line) for line in header)
