@@ -89,7 +89,6 @@ def test_step_time_bert():
 def test_pool():
     _, row = quick('pool', '--teacher', 'cifar_resnet20')
     assert set(row['ratios']) == {'sampled_4 / one_teacher', 'average_4 / one_teacher'}
-    assert row['cpu_time_ratios']['average_4 / one_teacher'] > row['cpu_time_ratios']['sampled_4 / one_teacher']
     # They are copies of one network, so all learn the same; only a mean has rounding errors of its own.
     assert row['gaps']['sampled_4'] == 0 and row['gaps']['average_4'] < 1e-4
     on_device = row['weights_of_teachers_mib']

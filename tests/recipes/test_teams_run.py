@@ -105,21 +105,6 @@ def test_two_teams_are_two_lone_runs_however_often_they_are_killed(write):
     with pytest.raises(RecipeError, match='runs/x is of 2 teams, not 1; give teams=2, or choose another run_name'):
         run('x.yaml', ['autoresume=true'])
 
-    # Of no batch do both have a checkpoint.
-    Path('runs/x/team0/checkpoints/ep2-ba10-rank0.pt').unlink()
-    folder = Path('runs/x/team1/checkpoints')
-    (folder / 'ep3-ba15-rank0.pt').unlink()
-    (folder / 'latest-rank0.pt').unlink()
-    (folder / 'latest-rank0.pt').symlink_to('ep2-ba10-rank0.pt')
-    before = summary('runs/x')
-    said = launch(2, *both, 'autoresume=true', codes=[1, 1])
-    line = (
-        'command line: teams: the teams have no checkpoints of the same batch (team0: 15; team1: 10); delete runs/x to '
-        'start anew, or let each go on alone (composer runs/x/team0/recipe.yaml autoresume=true)\n'
-    )
-    assert said == [line, f'team1: {line}']
-    assert summary('runs/x') == before
-
 
 @pytest.mark.dist
 def test_two_teams_of_two_ranks_are_two_lone_runs_of_two(write):
@@ -240,6 +225,28 @@ def test_teams_that_teach_each_other(write):
         assert check(load(f'runs/x/{name}/recipe.yaml'))  # as a teacher, say
     assert not same(weights('runs/x/team0'), weights('runs/x/team1'))
     assert any('codistillation/bytes' in row for row in rows('runs/x/team1'))
+
+    # They go on from the latest batch of which both have a checkpoint, if there is one.
+    checkpoints = Path('runs/again/team1/checkpoints')
+
+    def lose_the_last():
+        (checkpoints / 'ep3-ba15-rank0.pt').unlink()
+        (checkpoints / 'latest-rank0.pt').unlink()
+        (checkpoints / 'latest-rank0.pt').symlink_to('ep2-ba10-rank0.pt')
+
+    lose_the_last()
+    said = launch(2, 'run_name=again', 'autoresume=true')
+    assert 'going back from batch 15 to 10, which all teams have a checkpoint of' in said[0]
+    assert same(weights('runs/x/team1'), weights('runs/again/team1'))
+    lose_the_last()
+    Path('runs/again/team0/checkpoints/ep2-ba10-rank0.pt').unlink()
+    before = summary('runs/again')
+    said = launch(2, 'run_name=again', 'autoresume=true', codes=[1, 1])
+    line = (
+        'x.yaml:9: teams: the teams have no checkpoints of the same batch (team0: 15; team1: 10); delete runs/again to '
+        'start anew\n'
+    )
+    assert said == [line, f'team1: {line}'] and summary('runs/again') == before
 
     weights_exchange = '{name: weights, interval: 2ba}'
     write(CODISTILLED.replace('EXCHANGE', weights_exchange), 'x.yaml', HEAD.replace('256', '128'))
