@@ -344,7 +344,7 @@ def test_a_loss_that_needs_all_logits_is_refused_before_training(options, messag
 
 def test_largest_logits_that_would_be_averaged_are_refused_before_a_batch():
     run = trainer([KnowledgeDistillation([Recorded(top=True), Recorded(top=True)])])
-    with pytest.raises(TeacherError, match='which cannot be averaged: hear one of them per batch'):
+    with pytest.raises(TeacherError, match='which cannot be averaged: take average='):
         run.fit()
     assert run.state.timestamp.batch == 0
     run.close()
