@@ -93,8 +93,8 @@ def test_pool():
     assert row['gaps']['sampled_4'] == 0 and row['gaps']['average_4'] < 1e-4
     on_device = row['weights_of_teachers_mib']
     one = on_device['sampled, device']['2'] / 2
-    for number in ('2', '4'):  # at most who is heard now, and who is heard next
-        assert on_device['sampled, host'][number] <= 2.02 * one
+    for number in ('2', '4'):  # at most who is heard now, and who is heard next, each tensor with a gap behind it
+        assert on_device['sampled, host'][number] <= 2.1 * one
     for name in ('sampled, device', 'average, device'):
         assert on_device[name]['4'] == pytest.approx(2 * on_device[name]['2'], rel=0.01)
 
