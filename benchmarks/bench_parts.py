@@ -99,6 +99,7 @@ def composer(setting: Setting, *algorithms: KnowledgeDistillation) -> tuple[nn.M
         device='gpu' if on_gpu else 'cpu',
         precision='amp_bf16' if on_gpu else 'fp32',
         device_train_microbatch_size=setting.batch_size,
+        seed=17,  # by which teachers are sampled, too
         spin_dataloaders=False,
         progress_bar=False,
     )

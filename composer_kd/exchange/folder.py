@@ -260,7 +260,7 @@ class _Place:
         if self._store is None:
             try:
                 self._store = maybe_create_object_store_from_uri(self._path)
-            except (NotImplementedError, ImportError) as error:
+            except (NotImplementedError, ImportError) as error:  # a scheme that Composer has no store for
                 raise TeacherError(f'{self._path}: {error}') from error
         return self._store
 

@@ -89,12 +89,11 @@ def test_step_time_bert():
 def test_pool():
     _, row = quick('pool', '--teacher', 'cifar_resnet20')
     assert set(row['ratios']) == {'sampled_4 / one_teacher', 'average_4 / one_teacher'}
+    assert row['cpu_time_ratios']['average_4 / one_teacher'] > row['cpu_time_ratios']['sampled_4 / one_teacher']
     # They are copies of one network, so all learn the same; only a mean has rounding errors of its own.
     assert row['gaps']['sampled_4'] == 0 and row['gaps']['average_4'] < 1e-4
     on_device = row['weights_of_teachers_mib']
-    one = on_device['sampled, device']['2'] / 2
-    for number in ('2', '4'):  # at most who is heard now, and who is heard next, each tensor with a gap behind it
-        assert on_device['sampled, host'][number] <= 2.1 * one
+    assert on_device['sampled, host']['4'] == on_device['sampled, host']['2']
     for name in ('sampled, device', 'average, device'):
         assert on_device[name]['4'] == pytest.approx(2 * on_device[name]['2'], rel=0.01)
 
