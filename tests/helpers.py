@@ -1,5 +1,6 @@
 """What tests of several packages share."""
 
+import gc
 import gzip
 import multiprocessing
 import os
@@ -146,7 +147,13 @@ def another_writer(record):
 
 # Composer takes seconds to import: once, by a process that does nothing else, whose forks have it at once.
 _forks = multiprocessing.get_context('forkserver')
-_forks.set_forkserver_preload(['composer_kd.glue', 'composer_kd.record'])
+_forks.set_forkserver_preload(
+    [
+        *('composer_kd.glue', 'composer_kd.record', 'composer_kd.data', 'composer_kd.models'),
+        *('sklearn.datasets', 'sklearn.model_selection', 'matplotlib.backends.backend_agg'),  # imported when needed
+        'pytest',  # which multiprocessing imports in each
+    ]
+)
 
 
 def in_forks(work, calls, environments, seconds=300, codes=None, meanwhile=lambda forks: None):
@@ -183,7 +190,26 @@ def in_forks(work, calls, environments, seconds=300, codes=None, meanwhile=lambd
     return [out for out, _ in said]
 
 
+@contextmanager
+def in_a_fork(work, *arguments, out=os.devnull):
+    """Another process, which does some work meanwhile. It is killed where it is still at it at the end.
+
+    Args:
+        work: A function of a module.
+        arguments: Its arguments.
+        out: A file, for what it prints on stdout. Default: it is thrown away.
+    """
+    fork = _forks.Process(target=_in_fork, args=(work, arguments, {**os.environ}, (out, os.devnull)))
+    fork.start()
+    try:
+        yield fork
+    finally:
+        fork.kill()
+        fork.join()
+
+
 def _in_fork(work, arguments, environment, files):
+    gc.freeze()  # what has been imported, at which `free_closed_runs` would look for a second after each run
     os.environ.clear()
     os.environ.update(environment)
     if threads := environment.get('OMP_NUM_THREADS'):

@@ -16,7 +16,7 @@ import torch
 from composer_kd import cli, glue, jobs, models
 from composer_kd.recipes import RecipeError
 from composer_kd.recipes.folder import write_recipe
-from helpers import TINY_BERT, make_glue, make_vocabulary, train_one_batch
+from helpers import TINY_BERT, in_a_fork, make_glue, make_vocabulary, train_one_batch
 
 YAMLS = Path(__file__).parents[1] / 'yamls' / 'glue'
 FILE = 'runs/tiny/checkpoints/ep0-ba1-rank0.pt'
@@ -45,16 +45,26 @@ def work_in(tmp_path, monkeypatch):
     (tmp_path / 'go').touch()  # whoever waits for it, though nobody is left to say so
 
 
+@pytest.fixture(scope='module')
+def origin(tmp_path_factory):
+    """A folder with the run of a tiny language model, and the files of the tasks."""
+    folder = tmp_path_factory.mktemp('origin')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        make_glue('glue')
+        torch.manual_seed(0)
+        config = TINY_BERT | {'max_position_embeddings': 128}
+        model = models.masked_lm(config=config, tokenizer=make_vocabulary('vocab.txt'))
+        ids = torch.randint(5, 70, (4, 8))
+        train_one_batch(model, ids, ids, 'runs/tiny/checkpoints')
+    return folder
+
+
 @pytest.fixture
-def checkpoint(monkeypatch):
+def checkpoint(origin, work_in, monkeypatch):
     """The run of a tiny language model, and the files of the tasks."""
-    make_glue('glue')
+    shutil.copytree(origin, '.', symlinks=True, dirs_exist_ok=True)
     monkeypatch.setenv('GLUE_DIR', 'glue')
-    torch.manual_seed(0)
-    config = TINY_BERT | {'max_position_embeddings': 128}
-    model = models.masked_lm(config=config, tokenizer=make_vocabulary('vocab.txt'))
-    ids = torch.randint(5, 70, (4, 8))
-    train_one_batch(model, ids, ids, 'runs/tiny/checkpoints')
     return 'runs/tiny'
 
 
@@ -370,18 +380,21 @@ def test_what_is_no_checkpoint(launcher, capsys, monkeypatch):
 OVERRIDES = ['callbacks={gate.Gate: {}}', 'save_interval=1ba', 'max_duration=4ba', 'train_data.batch_size=16']
 
 
-def start(checkpoint):
-    """The command, as a person starts it."""
+def command(checkpoint):
     arguments = ['glue', checkpoint, '--recipes', str(YAMLS), '--tasks', 'mnli,cola,rte', '--seeds', '1', '--jobs', '2']
-    code = 'import sys; from composer_kd.cli import main; sys.exit(main(sys.argv[1:]))'
-    return subprocess.Popen([sys.executable, '-c', code, *arguments, *OVERRIDES], stdout=subprocess.PIPE, text=True)
+    sys.exit(cli.main([*arguments, *OVERRIDES]))
+
+
+def wait_for(found, seconds=120):
+    end = time.monotonic() + seconds
+    while not found():
+        assert time.monotonic() < end, Path('batches').exists() and Path('batches').read_text()
+        time.sleep(0.05)
 
 
 def wait_for_batches(*wanted, seconds=120):
-    end = time.monotonic() + seconds
-    while not Path('batches').exists() or sorted(Path('batches').read_text().splitlines()) != sorted(wanted):
-        assert time.monotonic() < end, Path('batches').exists() and Path('batches').read_text()
-        time.sleep(0.05)
+    batches = Path('batches')
+    wait_for(lambda: batches.exists() and sorted(batches.read_text().splitlines()) == sorted(wanted), seconds)
 
 
 def test_from_end_to_end_with_interruptions(checkpoint, name, capsys, monkeypatch):
@@ -389,25 +402,25 @@ def test_from_end_to_end_with_interruptions(checkpoint, name, capsys, monkeypatc
     Path('gate.py').write_text(GATE)
     runs_name, name = f'{name}_glue', f'{name}_glue_{{}}_seed17'
     two = [f'{name.format(task)} {batch}' for task in ('mnli', 'cola') for batch in (1, 2)]
-    command = start(checkpoint)
-    wait_for_batches(*two)
-    processes = psutil.Process(command.pid).children(recursive=True)
-    command.kill()
-    for process in processes:
-        if any('mnli' in argument for argument in process.cmdline()):
-            process.kill()
-    command.communicate()
+    with in_a_fork(command, checkpoint) as first:
+        wait_for_batches(*two)
+        processes = psutil.Process(first.pid).children(recursive=True)
+        first.kill()
+        for process in processes:
+            if any('mnli' in argument for argument in process.cmdline()):
+                process.kill()
 
-    command = start(checkpoint)
-    assert command.stdout is not None
-    said = [command.stdout.readline(), command.stdout.readline()]
-    assert said == [
-        f'mnli  seed 17  started, log runs/{name.format("mnli")}.log\n',
-        f'cola  seed 17  waiting for another launch, which is at work in runs/{name.format("cola")}\n',
-    ]
-    Path('go').touch()
-    out, _ = command.communicate(timeout=120)
-    assert command.returncode == 0, out
+    said = Path('said.txt')
+    with in_a_fork(command, checkpoint, out='said.txt') as again:
+        wait_for(lambda: said.exists() and said.read_text().count('\n') >= 2)
+        assert said.read_text().splitlines()[:2] == [
+            f'mnli  seed 17  started, log runs/{name.format("mnli")}.log',
+            f'cola  seed 17  waiting for another launch, which is at work in runs/{name.format("cola")}',
+        ]
+        Path('go').touch()
+        again.join(120)
+    out = said.read_text()
+    assert again.exitcode == 0, out
     patterns = (
         r'mnli .* done: m acc',
         r'cola .* finished by another launch: Matt',

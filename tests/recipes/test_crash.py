@@ -1,14 +1,13 @@
 """A run that is killed in the middle goes on to the weights that it would have had."""
 
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import torch
 
 from composer_kd.recipes import run
+from helpers import in_a_fork
 
 RECIPE = """\
 seed: 3
@@ -27,13 +26,12 @@ def test_killed_and_resumed_ends_as_if_nothing_had_happened(tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     Path('run.yaml').write_text(RECIPE)
     Path('killed.yaml').write_text(RECIPE)
-    process = subprocess.Popen([sys.executable, '-m', 'composer_kd', 'killed.yaml'])
     checkpoints = Path('runs/killed/checkpoints')
     patience = time.monotonic() + 120
-    while not any(checkpoints.glob('ep*.pt')) and time.monotonic() < patience:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, 'it ended before it could be killed'
+    with in_a_fork(run, 'killed.yaml') as process:
+        while not any(checkpoints.glob('ep*.pt')) and time.monotonic() < patience:
+            time.sleep(0.01)
+    assert process.exitcode == -signal.SIGKILL, 'it ended before it could be killed'
     assert not Path('runs/killed/summary.json').exists()
 
     unbroken, resumed = run('run.yaml'), run('killed.yaml', ['autoresume=true'])

@@ -4,8 +4,6 @@ import errno
 import fcntl
 import importlib
 import json
-import os
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -13,8 +11,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from composer_kd import cli
 from composer_kd.recipes import RecipeError, load, run
 from composer_kd.recipes.lock import FolderLock
+from helpers import in_a_fork
 
 TEACHER = """\
 model: {name: small_convnet, num_classes: 10, width: 4}
@@ -31,19 +31,20 @@ algorithms: {knowledge_distillation: {}}
 """
 
 
+def _launch():
+    sys.exit(cli.run_recipe('teacher.yaml', ()))
+
+
 @pytest.fixture
 def other_launch(write):
     """Another process, which has trained the first two batches of a teacher and goes on when there is a file `go`."""
     write('', 'teacher.yaml', TEACHER)
     write('', 'x.yaml', TEACHER.replace(GATE, STUDENT))
-    environment = {**os.environ, 'PYTHONPATH': str(Path(__file__).parent), 'PYTHONWARNINGS': 'ignore'}
-    process = subprocess.Popen([sys.executable, '-m', 'composer_kd', 'teacher.yaml'], env=environment)
     patience = time.monotonic() + 120
-    while not Path('stopped').exists() and process.poll() is None and time.monotonic() < patience:
-        time.sleep(0.01)
-    yield process
-    process.kill()
-    process.wait()
+    with in_a_fork(_launch) as process:
+        while not Path('stopped').exists() and process.is_alive() and time.monotonic() < patience:
+            time.sleep(0.01)
+        yield process
 
 
 @pytest.fixture
@@ -65,19 +66,19 @@ def test_a_live_run_is_left_alone_and_its_teacher_waited_for(other_launch, looks
         run('teacher.yaml', ['run_name=teacher'])
     assert run('teacher.yaml', ['callbacks={}', 'max_duration=1ba'])['run_name'] == 'teacher-2'
 
-    looks += [lambda: None, lambda: (Path('go').touch(), other_launch.wait())]
+    looks += [lambda: None, lambda: (Path('go').touch(), other_launch.join())]
     run('x.yaml')
     printed = capsys.readouterr().out
     assert printed.count('waiting for another launch, which is at work in runs/teacher\n') == 1
     assert 'found the teacher' in printed and 'training the teacher' not in printed
-    assert (looks, other_launch.returncode) == ([], 0)
+    assert (looks, other_launch.exitcode) == ([], 0)
     assert json.loads(Path('runs/teacher/summary.json').read_text())['batches'] == 5
     assert sorted(path.name for path in Path('runs').iterdir()) == ['teacher', 'teacher-2', 'x']
 
 
 def test_a_lock_ends_with_its_process(other_launch, looks, capsys):
     """Even though the loader's worker, which was forked while the lock was held, notices only seconds later."""
-    looks += [lambda: (Path('go').touch(), other_launch.kill(), other_launch.wait())]
+    looks += [lambda: (Path('go').touch(), other_launch.kill(), other_launch.join())]
     run('x.yaml')
     printed = capsys.readouterr().out
     assert 'waiting for another launch' in printed and 'training the teacher' in printed

@@ -3,12 +3,14 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
 from sequences import HEAD, METRIC, RECIPE, TAUGHT, Jobs, without_seconds, write
+from study_parts import ForkedLauncher
 
 from composer_kd.recipes import RecipeError, run
 from composer_kd.recipes.load import read
@@ -25,12 +27,12 @@ from pathlib import Path
 from composer.core import Callback
 
 class Gate(Callback):
-    '''Stops in the third epoch until there is a file `go`.'''
+    '''Stops in the third epoch until there is a file that lets its run go.'''
 
     def batch_end(self, state, logger):
         if state.timestamp.batch.value == 10:
             Path('stopped').touch()
-            while not Path('go').exists():
+            while not Path(f'go-{state.run_name}').exists():
                 time.sleep(0.02)
 """
 
@@ -281,10 +283,11 @@ def test_killed_at_any_moment(in_process, kind):
 
 
 def test_runs_that_fall_behind_end_early_and_a_driver_that_is_killed(tmp_path, monkeypatch):
-    """With real processes: the driver is killed while its run waits; the next one waits for that, and then ends one."""
+    """With forks: the driver is killed while its run waits; the next one waits for that, and then ends one."""
     monkeypatch.chdir(tmp_path)
-    Path('gate.py').write_text(GATE)
-    recipe = RECIPE.replace('2ep', '4ep') + 'callbacks: {gate.Gate: {}}\n'
+    monkeypatch.setattr(subprocess, 'Popen', ForkedLauncher)
+    Path('gate_of_a_sequence.py').write_text(GATE)
+    recipe = RECIPE.replace('2ep', '4ep') + 'callbacks: {gate_of_a_sequence.Gate: {}}\n'
     text = HEAD['search'].replace('trials: 4', 'trials: 2')
     write(text + 'pruner: {name: threshold_pruner, lower: 2.0, n_warmup_steps: 1}\narms: {a: {}}\n', recipe)
 
@@ -299,9 +302,9 @@ def test_runs_that_fall_behind_end_early_and_a_driver_that_is_killed(tmp_path, m
     kill(first)
     again, out = fork('again.out'), Path('again.out')
     wait_until(lambda: out.exists() and 'a-0  waiting for another process' in out.read_text())
-    Path('go').touch()  # the run ends, and is judged by what it had found after two epochs
+    Path('go-a-0').touch()  # the run ends, and is judged by what it had found after two epochs
     wait_until(lambda: 'a-0  ended early' in out.read_text())
-    Path('go').unlink()  # the other one is ended as it waits behind its second epoch
+    # The other one is ended as it waits behind its second epoch.
     wait_until(lambda: (ended := os.waitpid(again, os.WNOHANG)) != (0, 0) and not ended[1])
     assert 'a-1  ended early' in out.read_text()
     rows = read_rows(Path('runs/s'))
