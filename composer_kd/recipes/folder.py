@@ -172,6 +172,16 @@ def differences(one: Any, other: Any, key: str = '') -> list[str]:
     return [] if one == other else [key]
 
 
+def essence(config: dict[str, Any], key: str = '') -> dict[str, Any]:
+    """What of a recipe decides what it trains: two recipes without `differences` have the same."""
+    named = [(name, f'{key}.{name}' if key else name, value) for name, value in config.items()]
+    return {
+        name: essence(value, full) if isinstance(value, dict) else value
+        for name, full, value in named
+        if not _is_beside_the_point(full) and value is not None
+    }
+
+
 def _check_teams(recipe: Recipe, folder: Path) -> None:
     """See whether the run to go on with is one of as many teams."""
     before, now = (config.get('teams', 1) for config in (written_recipe(recipe, folder), recipe.config))

@@ -12,7 +12,7 @@ from typing import Any
 
 from composer_kd.jobs import is_at_work
 from composer_kd.recipes.check import DEFAULTS, Plan, check
-from composer_kd.recipes.folder import differences, evaluated_run, finished_run, run_folder
+from composer_kd.recipes.folder import differences, essence, evaluated_run, finished_run, run_folder
 from composer_kd.recipes.load import Recipe, load
 from composer_kd.recipes.lock import FolderLock
 from composer_kd.recording import Record, RecordError
@@ -23,7 +23,7 @@ from composer_kd.teachers.recorded import RecordedTeacher
 _OF_THE_RUN = (
     *('train_seconds', 'teacher_seconds', 'teacher_forwards', 'teacher_share', 'teacher_training_seconds'),
     *('epochs', 'batches', 'samples', 'samples_per_second', 'parameters'),
-    *('world_size', 'device', 'precision', 'versions', 'git_commit'),
+    *('world_size', 'device', 'precision', 'versions', 'git_commit', 'best_team', 'teams'),
 )
 
 
@@ -48,6 +48,7 @@ class Cell:
         after: The names of cells that must be finished first.
         ground: Of each, what decides what it leaves, as `digest`.
         out: Of a record, its folder.
+        top: Of a record, how many logits are kept, if it is said.
         arm: Of a sequence, which one of those that are compared.
         step: Of a sequence, its place in it, from 0.
         of: Of a follow-up, the name of the student.
@@ -66,6 +67,7 @@ class Cell:
     after: list[str] = field(default_factory=list)
     ground: dict[str, str] = field(default_factory=dict)
     out: Path | None = None
+    top: int | None = None
     arm: str | None = None
     step: int | None = None
     of: str | None = None
@@ -147,7 +149,7 @@ class Cell:
         options = [] if views is None else ['--views', str(views.value)]
         options += [*([] if top is None else ['--top', str(top)]), '--out', str(out)]
         command = ['record', str(file), *map(str, own), *options]
-        made = cls(study, name, method, 'record', command, recipe, plan, recipe.config['seed'], out=out)
+        made = cls(study, name, method, 'record', command, recipe, plan, recipe.config['seed'], out=out, top=top)
         made.wait_for(*after)
         return made
 
@@ -160,9 +162,8 @@ class Cell:
 
     @property
     def digest(self) -> str:
-        """A SHA-256 of what decides what it leaves: its recipe, options of a record, and the cells before it."""
-        options = self.command[2:] if self.role == 'record' else []
-        content = json.dumps([self._config, options, self.ground], sort_keys=True)
+        """A SHA-256 of what decides what it leaves: its recipe, as far as it does, and the cells before it."""
+        content = json.dumps([essence(self.recipe.config), self.top, self.ground], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     @property

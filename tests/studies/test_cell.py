@@ -3,9 +3,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from study_parts import METRIC, write_recipes
 
 from composer_kd.recipes import RecipeError, check, load, run
+from composer_kd.recipes.folder import differences, essence
 from composer_kd.recipes.load import as_override, read
 from composer_kd.recipes.lock import FolderLock
 from composer_kd.record import record
@@ -21,6 +24,9 @@ def study(tmp_path, monkeypatch):
     return Study.of(read('s.yaml', 'study'), 'sweep', ())
 
 
+KEYS = st.sampled_from(['model', 'device', 'save_interval'])
+VALUE = st.recursive(st.integers(0, 1) | st.none(), lambda inner: st.dictionaries(KEYS, inner), max_leaves=4)
+RECIPES = st.dictionaries(KEYS, VALUE)
 VALUES = ['2ep', '', ' a', 'a: b', '1', 'true', 'null', '1e-3', '"', "it's", 'é\n', '${seed}', None, True, 3, 1e-5]
 
 
@@ -69,6 +75,21 @@ def test_a_run(study):
     )
     with pytest.raises(RecipeError, match=r'runs/s/x was evaluated with other eval_data\.subset'):
         other.finished()
+
+
+@given(RECIPES, RECIPES)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_recipes_that_train_the_same_are_of_one_essence(study, one, other):
+    assert (essence(one) == essence(other)) == (not differences(one, other))
+
+
+def test_what_a_cell_leaves_does_not_depend_on_where_its_data_lies_or_how_it_is_loaded(study):
+    def digest(*overrides):
+        own = [Override(*each) for each in overrides]
+        return Cell.of_run(study, 'x', 'kd', Path('recipes/base.yaml'), own, seed=3).digest
+
+    assert digest(('train_data.num_workers', 1), ('device', 'cpu'), ('save_interval', '2ba')) == digest()
+    assert digest(('optimizer.lr', 0.2)) != digest()
 
 
 def test_at_work(study):
