@@ -9,6 +9,7 @@ import hashlib
 import pickle
 import pickletools
 import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -63,15 +64,26 @@ def find_checkpoint(path: str | Path) -> Path | None:
 def kept_checkpoints(folder: Path) -> dict[int, Path]:
     """The checkpoints of a run by their batches, from the first to the latest; none if they have other names.
 
+    If nothing is called the latest, which is so for a moment whenever Composer has saved one, it is the last whole one.
+
     Args:
         folder: Where it saves them.
     """
     latest = folder / _LATEST_CHECKPOINT
-    end = _SAVED.fullmatch(latest.resolve().name) if latest.exists() else None
-    if end is None:
-        return {}
-    found = {int(match[1]): path for path in folder.iterdir() if (match := _SAVED.fullmatch(path.name))}
-    return {batch: found[batch] for batch in sorted(found) if batch <= int(end[1])}
+    found = {int(match[1]): path for path in folder.glob('ep*') if (match := _SAVED.fullmatch(path.name))}
+    if latest.exists():
+        end = _SAVED.fullmatch(latest.resolve().name)
+        last = int(end[1]) if end else -1
+    else:
+        last = max((batch for batch, path in found.items() if zipfile.is_zipfile(path)), default=-1)
+    return {batch: found[batch] for batch in sorted(found) if batch <= last}
+
+
+def link_latest(folder: Path) -> None:
+    """Call the latest checkpoint of a run so again, if Composer was killed when nothing was called so."""
+    kept = kept_checkpoints(folder)
+    if kept and not (folder / _LATEST_CHECKPOINT).exists():
+        go_back(folder, max(kept))
 
 
 def go_back(folder: Path, batch: int) -> None:

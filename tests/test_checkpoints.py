@@ -1,9 +1,10 @@
 from pathlib import Path
 
 import pytest
+import torch
 from composer.models import ComposerClassifier
 
-from composer_kd.checkpoints import find_checkpoint, find_paths
+from composer_kd.checkpoints import find_checkpoint, find_paths, kept_checkpoints, link_latest
 from settings import CLASSES, network, train
 
 
@@ -47,6 +48,25 @@ def test_composers_own_folder_of_checkpoints(tmp_path):
     model = ComposerClassifier(network(1), num_classes=CLASSES)
     train([], model=model, max_duration='2ba', save_folder=str(tmp_path / 'saved'), save_interval='1ba')
     assert find_checkpoint(tmp_path / 'saved') == find_checkpoint(tmp_path / 'saved' / 'ep0-ba2-rank0.pt')
+
+
+def test_checkpoints_that_a_run_can_go_on_from(tmp_path):
+    files = {batch: tmp_path / f'ep1-ba{batch}-rank0.pt' for batch in (3, 6, 12)}
+    link_latest(tmp_path / 'nowhere')
+    for file in files.values():
+        torch.save({}, file)
+    files[12].write_bytes(files[12].read_bytes()[:100])  # it was killed while it wrote this one
+    latest = tmp_path / 'latest-rank0.pt'
+    assert [*kept_checkpoints(tmp_path)] == [3, 6] and not latest.exists()
+    link_latest(tmp_path)
+    assert latest.resolve() == files[6] and [*kept_checkpoints(tmp_path)] == [3, 6]
+    latest.unlink()
+    latest.symlink_to(files[3])
+    link_latest(tmp_path)
+    assert [*kept_checkpoints(tmp_path)] == [3]
+    latest.unlink()
+    latest.symlink_to(files[3].rename(tmp_path / 'mine.pt'))
+    assert kept_checkpoints(tmp_path) == {}
 
 
 @pytest.mark.parametrize('pattern', ['runs/?', 'runs/[ab]/latest', 'runs/?/', 'runs/[ab]/checkpoints/ep*.pt'])

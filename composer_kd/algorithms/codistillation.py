@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -10,6 +11,7 @@ import torch
 from composer.core import Algorithm, Event, State, Time, TimeUnit
 from composer.loggers import Logger
 from composer.models import ComposerModel
+from composer.utils import dist
 
 from composer_kd.algorithms.knowledge_distillation import KnowledgeDistillation
 from composer_kd.channel import Channel
@@ -27,9 +29,9 @@ class Codistillation(Algorithm):
     is a Trainer, or by ``teams`` in a recipe, and each begins with a seed of its own.
 
     Runs where KnowledgeDistillation runs; on :attr:`.Event.FIT_START` to see whether all teams are about to do the
-    same, and on :attr:`.Event.BATCH_END` to send, to receive, and to log ``codistillation/bytes``: what this rank has
-    sent to one other team in this batch; and ``codistillation/staleness``: batches since the snapshots were taken that
-    are in use.
+    same, on :attr:`.Event.FIT_END` to warn if nobody was heard; and on :attr:`.Event.BATCH_END` to send, to receive,
+    and to log ``codistillation/bytes``: what this rank has sent to one other team in this batch; and
+    ``codistillation/staleness``: batches since the snapshots were taken that are in use.
 
     Args:
         exchange: What teams tell each other. ``'predictions'``: in each batch that distills, their logits; all see the
@@ -111,7 +113,7 @@ class Codistillation(Algorithm):
 
     def match(self, event: Event, state: State) -> bool:
         """Whether this algorithm has anything to do."""
-        return self.distillation.match(event, state)
+        return event == Event.FIT_END or self.distillation.match(event, state)
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
         """Do what the event is for, see the class."""
@@ -125,6 +127,8 @@ class Codistillation(Algorithm):
             self.exchange.tell(state.batch, logits_of(state.outputs))
         elif event == Event.BATCH_START and is_over:
             self.exchange.release()
+        elif event == Event.FIT_END and not is_over:
+            self._warn_if_alone()
         self.distillation.apply(event, state, logger)
         if event == Event.BATCH_END and not is_over:
             logger.log_metrics(self.exchange.batch_end(state))
@@ -159,6 +163,7 @@ class Codistillation(Algorithm):
             'exchange': self.exchange.name,
             **self.exchange.facts(state, student),
             'interval': distillation.interval,
+            'temperature of kl': distillation.kl_temperature,
             'probability': distillation.probability,
             'whether kd_weight is above 0': distillation.kd_weight > 0,
             'start': str(start),
@@ -186,6 +191,14 @@ class Codistillation(Algorithm):
                     )
                     raise TeacherError(f'team{other} and team{index} begin with the same weights; {todo}')
         self._seed = every[0]['seed']
+
+    def _warn_if_alone(self) -> None:
+        if self.distillation.pool.heard == 0 and self.distillation.kd_weight > 0 and dist.get_global_rank() == 0:
+            warnings.warn(
+                'no other team was heard in this run, which has learned from labels alone: look at the path, team and '
+                'interval of the exchange, and at the start of the distillation',
+                stacklevel=2,
+            )
 
     def _refuse_clocks(self, state: State, *times: Time) -> None:
         """Raise TeacherError where a time comes in another batch in each team."""

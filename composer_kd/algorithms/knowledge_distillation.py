@@ -544,7 +544,8 @@ def find_distiller(state: State, asked_by: Algorithm) -> KnowledgeDistillation:
     found = [*distillers(state.algorithms)]
     if not found:
         raise ValueError(
-            f'{type(asked_by).__name__} changes how a run distills: add KnowledgeDistillation to its algorithms'
+            f'{type(asked_by).__name__} changes how a run distills: add KnowledgeDistillation or Codistillation to its '
+            'algorithms'
         )
     if len(found) > 1:
         raise ValueError('a run distills by one algorithm: give one KnowledgeDistillation all the teachers')

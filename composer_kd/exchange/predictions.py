@@ -188,7 +188,7 @@ class PredictionsExchange:
         self._is_verified = True
 
     def _apart(self, batch: int | None = None) -> TeacherError:
-        where = 'the first batch' if batch is None else f'batch {batch}'
+        where = 'the first batch that distills' if batch is None else f'batch {batch}'
         return TeacherError(
             f'the teams see other inputs than each other in {where}: predictions are exchanged about the same samples, '
             'so give all teams the same loader (the same shuffle_seed, view_seed, mask_seed), and leave out what '

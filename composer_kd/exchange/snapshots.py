@@ -28,7 +28,7 @@ class Snapshots:
 
     def __init__(self, network: nn.Module, dtype: torch.dtype | None = None):
         self._dtype = dtype
-        tensors = {name: self._cast(tensor) for name, tensor in _tensors(network).items()}
+        tensors = {name: self._cast(torch.empty_like(one, device='meta')) for name, one in _tensors(network).items()}
         self._packing = Packing([*tensors.values()])
         self.bytes = self._packing.bytes
         kinds = [(name, [*tensor.shape], str(tensor.dtype)) for name, tensor in tensors.items()]

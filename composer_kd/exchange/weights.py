@@ -52,7 +52,7 @@ class WeightsExchange:
         self._channel: Channel | None = None
         self._student: ComposerModel | None = None
         self._copies: Copies | None = None
-        self._own: Tensor | None = None  # on its way; taken after this batch:
+        self._own: Tensor | None = None  # on its way; rank 0 alone keeps it, for checkpoints. Taken after this batch:
         self._own_batch = 0
         self._arrival: Arrival | None = None
         self._resumed: dict[str, Any] = {}
@@ -80,9 +80,7 @@ class WeightsExchange:
         if self._resumed:
             self._copies.load_state_dict(self._resumed['copies'])
             if self._resumed['own'] is not None:
-                self._own = self._resumed['own'].to(next(student.parameters()).device)
-                self._own_batch = self._resumed['own_batch']
-                self._send()
+                self._send(self._resumed['own'], self._resumed['own_batch'])
             self._resumed = {}
 
     def has_come(self) -> bool:
@@ -102,8 +100,7 @@ class WeightsExchange:
         batch, metrics = state.timestamp.batch.value, {}
         if batch % self.interval == 0:
             self._take_in(self._copies)
-            self._own, self._own_batch = self._copies.snapshots.of_team(self._student), batch
-            metrics['codistillation/bytes'] = self._send()
+            metrics['codistillation/bytes'] = self._send(self._copies.snapshots.of_team(self._student), batch)
         if self._copies.are_complete:
             metrics['codistillation/staleness'] = batch - min(self._copies.in_use.values())
         return metrics
@@ -118,19 +115,22 @@ class WeightsExchange:
         """The own snapshot that is on its way, and those of the others that are in use."""
         if self._copies is None:
             return self._resumed
-        own = None if self._own is None else self._own.cpu()
-        return {'copies': self._copies.state_dict(), 'own': own, 'own_batch': self._own_batch}
+        return {'copies': self._copies.state_dict(), 'own': self._own, 'own_batch': self._own_batch}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See `Exchange`."""
         self._resumed = state
 
-    def _send(self) -> int:
-        """Send this rank's part of the own snapshot; how large it is."""
-        assert self._channel is not None and self._own is not None
-        ranks = dist.get_world_size()
-        padded = F.pad(self._own, (0, -len(self._own) % ranks))
-        part = padded.chunk(ranks)[dist.get_global_rank()]
+    def _send(self, own: Tensor, batch: int) -> int:
+        """Send this rank's part of the own snapshot, which was taken after a batch; how large it is."""
+        assert self._channel is not None
+        ranks, rank = dist.get_world_size(), dist.get_global_rank()
+        padded = F.pad(own, (0, -len(own) % ranks))
+        if rank == 0:
+            padded = padded.cpu()
+            self._own = padded[: len(own)]
+        self._own_batch = batch
+        part = padded.chunk(ranks)[rank].cpu()
         self._arrival = self._channel.post(part)
         return part.nbytes
 
@@ -138,9 +138,11 @@ class WeightsExchange:
         """Put the snapshots that were sent last into use, once they have arrived."""
         if self._arrival is None:
             return
+        assert self._student is not None
+        device = next(self._student.parameters()).device
         parts, self._arrival = self._arrival.wait(), None
         for peer in self._peers:
-            part = parts[peer.team]
+            part = parts[peer.team].to(device)
             whole = part if dist.get_world_size() == 1 else torch.cat([*dist.all_gather(part)])
             copies.put(peer.team, whole[: copies.snapshots.bytes], self._own_batch)
 

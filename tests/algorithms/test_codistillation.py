@@ -13,6 +13,7 @@ from settings import BATCHES, EPOCHS, data, network
 pytestmark = pytest.mark.dist
 
 START = """
+import time
 import warnings
 from pathlib import Path
 
@@ -106,9 +107,22 @@ assert run.state.algorithms[-1].distillation.pool.forwards == 0
 
 
 def test_weights_are_those_of_the_documented_batch(tmp_path):
-    """Snapshots after batches 2, 4, 6 are in use after 4, 6, 8: nothing distills in the first four."""
+    """Snapshots after batches 2, 4, 6 are in use after 4, 6, 8: nothing distills in the first four.
+
+    Nor does a team wait for another one before it takes such a snapshot into use.
+    """
     code = """
-run = run(Codistillation(exchange={'name': 'weights', 'interval': '2ba'}))
+class Apart(Callback):
+    # Once team 1 has told its weights after batch 2, it stops until team 0 has learned in all batches before the 6th.
+    def batch_end(self, state, logger):
+        if me == 0 and state.timestamp.batch == 5:
+            (folder / 'far ahead').touch()
+
+    def batch_start(self, state, logger):
+        while me == 1 and state.timestamp.batch == 2 and not (folder / 'far ahead').exists():
+            time.sleep(0.01)
+
+run = run(Codistillation(exchange={'name': 'weights', 'interval': '2ba'}), callbacks=[Apart()])
 keep(run, 'run')
 size = sum(tensor.nbytes for tensor in weights(run).values())
 assert logged(run, 'codistillation/bytes') == dict.fromkeys((2, 4, 6, 8), size), logged(run, 'codistillation/bytes')
@@ -169,14 +183,19 @@ def test_ranks_of_a_team_are_alike_and_teams_are_not(tmp_path):
     code = """
 classifier = normalized
 for name, exchange in (('predictions', 'predictions'), ('weights', {'name': 'weights', 'interval': '2ba'})):
-    keep(run(Codistillation(exchange=exchange)), name)
+    done = run(Codistillation(exchange=exchange), save_folder=str(folder / f'{name}{me}'), save_interval='6ba')
+    keep(done, name)
+    keep(run(Codistillation(exchange=exchange, kd_weight=0.0)), f'silent {name}')
     parts = trainer([Codistillation(exchange=exchange)], model=classifier(1 + me), seed=3 + me, max_duration='1ep')
     parts.fit()
     parts.fit(duration='1ep')
     parts.close()
     keep(parts, f'{name} in parts')
-keep(run(Codistillation(kd_weight=0.0)), 'silent')
 keep(run(), 'alone')
+codistillation = done.state.algorithms[-1]
+(peer,) = codistillation.distillation.pool.teachers
+torch.save(peer.copy.state_dict(), folder / f'copy-team{me}-rank{team.rank}.pt')
+assert (codistillation.exchange._own is None) == (team.rank > 0)  # rank 0 alone saves it
 """
     teams(code, tmp_path, ranks=4)
     for name in ('predictions', 'weights'):
@@ -184,9 +203,12 @@ keep(run(), 'alone')
             assert same(kept(tmp_path, name, index, 0), kept(tmp_path, name, index, 1))
             assert not same(kept(tmp_path, name, index), kept(tmp_path, 'alone', index))
             assert same(kept(tmp_path, name, index), kept(tmp_path, f'{name} in parts', index))
+            assert same(kept(tmp_path, f'silent {name}', index), kept(tmp_path, 'alone', index))
         assert not same(kept(tmp_path, name, 0), kept(tmp_path, name, 1))
-    for index in range(2):
-        assert same(kept(tmp_path, 'silent', index), kept(tmp_path, 'alone', index))
+    for index in range(2):  # snapshots are of all weights, and of what BatchNorm has counted
+        saved = torch.load(tmp_path / f'weights{1 - index}' / 'ep1-ba6-rank0.pt', weights_only=False)['state']['model']
+        assert any('running' in name for name in saved)
+        assert all(same(kept(tmp_path, 'copy', index, rank), saved) for rank in range(2))
 
 
 def test_three_teams_by_the_mean_of_probabilities_and_by_pairs(tmp_path):
@@ -249,11 +271,16 @@ WRONG = {
         'team0 has predictions as exchange, team1 has weights: make these the same',
     ),
     'window': ('', "Codistillation(), EarlyStopDistillation(['4ba', '5ba'][me])", 'as stop, team1 has '),
+    'temperature': (
+        '',
+        'Codistillation(temperature=1.0 + me)',
+        'team0 has 1.0 as temperature of kl, team1 has 2.0: make these the same',
+    ),
     'duration': ("max_duration=f'{2 + me}ep'", 'Codistillation()', 'as max_duration, team1 has '),
     'samplers': (
         'train_dataloader=data_spec(data().dataset.dataset, batch_size=32, train=True, shuffle_seed=me)',
         'Codistillation()',
-        'the teams see other inputs than each other in the first batch: predictions are exchanged about the same',
+        'the teams see other inputs than each other in the first batch that distills: predictions are exchanged about',
     ),
     'later': (
         'callbacks=[Spoiled()]',

@@ -235,7 +235,7 @@ def test_bad_arguments(arguments, message):
             {'name': torch.optim.Rprop},
             'Rprop knows no weight_decay, which RegularizationSchedule is to change: take another',
         ),
-        ({'while_distilling': 0.0, 'groups': [0]}, {}, 'add KnowledgeDistillation to its algorithms'),
+        ({'while_distilling': 0.0, 'groups': [0]}, {}, 'add KnowledgeDistillation or Codistillation to its algorithms'),
     ],
 )
 def test_what_is_not_there_is_said_before_the_run_begins(schedule, optimizer, message):

@@ -83,6 +83,10 @@ def test_exchanges_by_their_names():
             {'name': 'folder', 'path': 'x', 'team': '0', 'teams': 2},
             "team and teams must be whole numbers, not '0' and 2",
         ),
+        (
+            {'name': 'folder', 'path': None, 'team': 0, 'teams': 2},
+            'path must be a folder, or the URI of one, not None',
+        ),
     ],
 )
 def test_exchanges_that_there_are_not(asked, message):

@@ -51,17 +51,21 @@ def kept(run):
 
 
 @pytest.mark.parametrize(
-    ('exchange', 'ranks'),
-    [('predictions', 2), ('{name: weights, interval: 2ba}', 2), ('{name: weights, interval: 2ba}', 4)],
+    ('exchange', 'ranks', 'kind'),
+    [
+        ('predictions', 2, 'first'),
+        ('{name: weights, interval: 2ba}', 2, 'launch'),
+        ('{name: weights, interval: 2ba}', 4, 'rank'),
+    ],
 )
-def test_killed_at_any_moment(exchange, ranks, tmp_path, monkeypatch):
+def test_killed_at_any_moment(exchange, ranks, kind, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path('x.yaml').write_text(RECIPE.replace('EXCHANGE', exchange))
     launch(ranks, 'run_name=unbroken')
     chance = random.Random(f'{exchange} {ranks}')
     kinds = {'rank': [ranks - 1], 'first': [0], 'team': [*range(ranks // 2, ranks)], 'launch': [*range(ranks)]}
-    for _ in range(KILLS):
-        victims, killed_at = kinds[chance.choice([*kinds])], []
+    for number in range(KILLS):
+        victims, killed_at = kinds[chance.choice([*kinds]) if number else kind], []
 
         def kill(forks, victims=victims, killed_at=killed_at):
             end = time.monotonic() + 20

@@ -7,15 +7,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.distributed import HashStore
 
 from composer_kd import cli
 from composer_kd.checkpoints import find_checkpoint
 from composer_kd.recipes import RecipeError, check, load, run
 from composer_kd.recipes.metrics_logger import read_metrics
-from composer_kd.recipes.team_run import best
+from composer_kd.recipes.team_run import TeamRun, best
 from helpers import in_forks, launched
 
 HEAD = """\
@@ -33,14 +35,25 @@ TEAMS = ('team0', 'team1')
 
 def _run(*overrides):
     """Run the recipe on this rank; errors are printed where the rest is."""
-    cli.SECONDS_FOR_TEAM_ZERO = 0
     sys.stderr = sys.stdout
+    _run_apart(*overrides)
+
+
+def _run_apart(*overrides):
+    """Run the recipe on this rank."""
+    cli.SECONDS_FOR_TEAM_ZERO = 0
     sys.exit(cli.run_recipe('x.yaml', overrides))
 
 
-def launch(ranks, *overrides, codes=None):
+def launch(ranks, *overrides, codes=None, work=_run):
     """A launch of the recipe; what each rank printed."""
-    return in_forks(_run, ranks * [overrides], launched(ranks), 120, codes)
+    return in_forks(work, ranks * [overrides], launched(ranks), 120, codes)
+
+
+def launch_lone(ranks, *overrides):
+    """Two launches of the recipe at the same time, each without teams, with the seeds of two teams."""
+    calls = [(f'run_name=lone{index}', f'seed={3 + index}', *overrides) for index in range(2) for _ in range(ranks)]
+    in_forks(_run, calls, [*launched(ranks), *launched(ranks)], 120)
 
 
 def summary(folder):
@@ -80,8 +93,8 @@ def test_two_teams_are_two_lone_runs_however_often_they_are_killed(write):
 
     said = launch(2, *both, 'autoresume=true')
     assert all(line.startswith('team1: ') for line in said[1].splitlines()) and 'x-team1: 3 epochs' in said[1]
+    launch_lone(1)
     for index in range(2):
-        launch(1, f'run_name=lone{index}', f'seed={3 + index}')
         assert same(weights(f'runs/x/team{index}'), weights(f'runs/lone{index}'))
         assert rows(f'runs/x/team{index}') == rows(f'runs/lone{index}')
     assert not same(weights('runs/x/team0'), weights('runs/x/team1'))
@@ -110,21 +123,13 @@ def test_two_teams_are_two_lone_runs_however_often_they_are_killed(write):
 def test_two_teams_of_two_ranks_are_two_lone_runs_of_two(write):
     write('', 'x.yaml', HEAD)
     launch(4, 'teams=2', 'run_name=both', 'max_duration=1ep')
+    launch_lone(2, 'max_duration=1ep')
     for index in range(2):
-        launch(2, f'run_name=lone{index}', f'seed={3 + index}', 'max_duration=1ep')
         assert same(weights(f'runs/both/team{index}'), weights(f'runs/lone{index}'))
         assert summary(f'runs/both/team{index}')['world_size'] == 2
     assert sorted(path.name for path in Path('runs/both').iterdir()) == [
         *('checkpoints', 'recipe.yaml', 'summary.json', 'team0', 'team1')
     ]
-
-
-def composer(*arguments):
-    environment = os.environ | {'PYTHONPATH': str(Path(__file__).parent), 'PYTHONWARNINGS': 'ignore'}
-    command = [sys.executable, '-m', 'composer', *arguments]
-    return subprocess.run(
-        command, env=environment | {'OMP_NUM_THREADS': '1'}, capture_output=True, text=True, timeout=200
-    )
 
 
 @pytest.mark.dist
@@ -135,9 +140,7 @@ def test_one_team_trains_the_teacher_of_all(write):
         'x.yaml',
         HEAD,
     )
-    done = composer('-n', '2', '--stdout', 'rank{rank}.txt', '-m', 'composer_kd', 'x.yaml', 'max_duration=1ep')
-    assert done.returncode == 0, done.stdout + done.stderr
-    said = [done.stdout, Path('rank1.txt').read_text()]
+    said = launch(2, 'max_duration=1ep', work=_run_apart)
     assert sum(out.count('training the teacher teacher.yaml in runs/teacher') for out in said) == 1
     assert sum(out.count('found the teacher') for out in said) <= 1
     assert all(line.startswith('team1: ') for line in said[1].splitlines()) and 'x-team1: 1 epochs' in said[1]
@@ -148,9 +151,14 @@ def test_one_team_trains_the_teacher_of_all(write):
 
 @pytest.mark.dist
 def test_the_error_of_a_team_ends_the_launch(write):
+    """With Composer's own launcher."""
     write('teams: 2\ncallbacks: {parts.MeetsUntilOneFails: {}}\n', 'x.yaml', HEAD)
+    environment = os.environ | {'PYTHONPATH': str(Path(__file__).parent), 'PYTHONWARNINGS': 'ignore'}
+    command = [sys.executable, '-m', 'composer', '-n', '2', '-m', 'composer_kd', 'x.yaml']
     begin = time.monotonic()
-    done = composer('-n', '2', '-m', 'composer_kd', 'x.yaml')
+    done = subprocess.run(
+        command, env=environment | {'OMP_NUM_THREADS': '1'}, capture_output=True, text=True, timeout=200
+    )
     said = done.stdout + done.stderr
     assert done.returncode != 0 and time.monotonic() - begin < 100
     assert 'ZeroDivisionError: team 1 has had enough' in said
@@ -213,13 +221,25 @@ teams: 2
 """
 
 
+def test_the_store_is_gone_at_the_end(write):
+    def is_gone(*_):
+        raise RuntimeError('Broken pipe')
+
+    team = SimpleNamespace(index=0, number=2, rank=0, timeout=1, store=HashStore(), channel=lambda *_: None)
+    run_of_team = TeamRun(team, load(write('teams: 2\n')), in_step=True)
+    run_of_team._store = SimpleNamespace(set=lambda *_: None, wait=is_gone, check=is_gone, add=is_gone)
+    with pytest.raises(RecipeError, match='teams: the end of the launch: team 0 rank 0 is gone; look for'):
+        run_of_team.conclude({})
+
+
 @pytest.mark.dist
 def test_teams_that_teach_each_other(write):
     """The same batches for predictions, disjoint halves for weights; each ends like its twin that was broken off."""
     write(CODISTILLED.replace('EXCHANGE', 'predictions'), 'x.yaml', HEAD)
+    again = ('run_name=again', f'save_folder={Path("saved").absolute()}')
     launch(2)
-    launch(2, 'run_name=again', 'max_duration=1ep')
-    launch(2, 'run_name=again', 'max_duration=3ep', 'autoresume=true')
+    launch(2, *again, 'max_duration=1ep')
+    launch(2, *again, 'max_duration=3ep', 'autoresume=true')
     for name in TEAMS:
         assert same(weights(f'runs/x/{name}'), weights(f'runs/again/{name}'))
         assert check(load(f'runs/x/{name}/recipe.yaml'))  # as a teacher, say
@@ -227,26 +247,24 @@ def test_teams_that_teach_each_other(write):
     assert any('codistillation/bytes' in row for row in rows('runs/x/team1'))
 
     # They go on from the latest batch of which both have a checkpoint, if there is one.
-    checkpoints = Path('runs/again/team1/checkpoints')
-
     def lose_the_last():
-        (checkpoints / 'ep3-ba15-rank0.pt').unlink()
-        (checkpoints / 'latest-rank0.pt').unlink()
-        (checkpoints / 'latest-rank0.pt').symlink_to('ep2-ba10-rank0.pt')
+        Path('saved/team1/ep3-ba15-rank0.pt').unlink()
+        Path('saved/team1/latest-rank0.pt').unlink()
 
     lose_the_last()
-    said = launch(2, 'run_name=again', 'autoresume=true')
+    said = launch(2, *again, 'autoresume=true')
     assert 'going back from batch 15 to 10, which all teams have a checkpoint of' in said[0]
     assert same(weights('runs/x/team1'), weights('runs/again/team1'))
     lose_the_last()
-    Path('runs/again/team0/checkpoints/ep2-ba10-rank0.pt').unlink()
-    before = summary('runs/again')
-    said = launch(2, 'run_name=again', 'autoresume=true', codes=[1, 1])
+    Path('saved/team0/ep2-ba10-rank0.pt').unlink()
+    folders = ['runs/again', *(f'runs/again/{name}' for name in TEAMS)]
+    before = [summary(folder) for folder in folders]
+    said = launch(2, *again, 'autoresume=true', codes=[1, 1])
     line = (
-        'x.yaml:9: teams: the teams have no checkpoints of the same batch (team0: 15; team1: 10); delete runs/again to '
-        'start anew\n'
+        'x.yaml:9: teams: the teams have no checkpoints of the same batch (team0: 15; team1: 10); delete them to start '
+        'anew\n'
     )
-    assert said == [line, f'team1: {line}'] and summary('runs/again') == before
+    assert said == [line, f'team1: {line}'] and [summary(folder) for folder in folders] == before
 
     weights_exchange = '{name: weights, interval: 2ba}'
     write(CODISTILLED.replace('EXCHANGE', weights_exchange), 'x.yaml', HEAD.replace('256', '128'))
@@ -267,6 +285,18 @@ def test_teams_that_teach_each_other(write):
         (
             CODISTILLED.replace('EXCHANGE', 'predictions') + 'team_data: shared\n',
             '6: team_data: predictions are exchanged about the same batches',
+        ),
+        (
+            CODISTILLED.replace('EXCHANGE', 'predictions') + 'save_num_checkpoints_to_keep: 1\n',
+            '6: save_num_checkpoints_to_keep: teams that learn from each other need their last two, to go on from',
+        ),
+        (
+            CODISTILLED.replace('EXCHANGE', 'predictions') + 'save_interval: 600sec\n',
+            '6: save_interval: 600sec comes in another batch in each team; give it in batches, samples or epochs',
+        ),
+        (
+            CODISTILLED.replace('EXCHANGE', 'weights') + 'save_interval: 9tok\n',
+            '6: save_interval: 9tok comes in another batch in each team; give it in batches, samples or epochs',
         ),
         (
             CODISTILLED.replace('EXCHANGE', '{name: folder, path: x, team: 0, teams: 2}'),
