@@ -11,7 +11,7 @@ import torch
 
 from composer_kd import models
 from composer_kd.recipes import run
-from helpers import in_forks, unpack_fashion_mnist
+from helpers import in_forks, launched, unpack_fashion_mnist
 
 ROOT = Path(__file__).parents[2]
 
@@ -32,13 +32,11 @@ def check(output: str, benchmark: str) -> dict:
     return row
 
 
-def quick(benchmark: str, *arguments: str) -> tuple[str, dict]:
+def quick(benchmark: str, *arguments: str, ranks: int = 1) -> tuple[str, dict]:
     """A script's output, and its last line."""
-    (said,) = in_forks(
-        run_script,
-        [(ROOT / 'benchmarks' / f'{benchmark}.py', '--quick', '--device', 'cpu', *arguments)],
-        [{**os.environ, 'OMP_NUM_THREADS': '1'}],
-    )
+    script = ROOT / 'benchmarks' / f'{benchmark}.py'
+    environments = launched(ranks) if ranks > 1 else [{**os.environ, 'OMP_NUM_THREADS': '1'}]
+    said, *_ = in_forks(run_script, ranks * [(script, '--quick', '--device', 'cpu', *arguments)], environments)
     return said, check(said, benchmark)
 
 
@@ -166,6 +164,17 @@ def test_record_has_no_result_for_other_work():
         record.compare({**networks, 'textbrewer': network(1.1)}, record.weights(network(0.0)))
 
 
+@pytest.mark.dist
+def test_codistillation():
+    output, row = quick('codistillation', ranks=2)
+    assert set(row['ratios']) == {'predictions / alone', 'weights / taught', 'taught / alone'}
+    # What is sent is what has to be: the logits of 8 images and their fingerprints; weights and statistics.
+    network = models.cifar_resnet20(num_classes=1000)
+    weights = sum(tensor.nbytes for tensor in (*network.parameters(), *network.buffers()))
+    assert row['bytes_sent'] == row['bytes_by_formula'] == {'predictions': 8 * (4 * 1000 + 8), 'weights': weights}
+    assert f'predictions: {8 * 4008:,} bytes at a time' in output and row['command'].startswith('composer -n 2 ')
+
+
 def test_twins(tmp_path, monkeypatch, capsys):
     script, yamls = ROOT / 'benchmarks' / 'twins.py', ROOT / 'yamls'
     monkeypatch.setenv('OMP_NUM_THREADS', '1')
@@ -244,13 +253,21 @@ def test_overhead(tmp_path, monkeypatch):
 
 def test_study(tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(ROOT / 'tests' / 'studies'))
-    from made_results import row, study
+    from made_results import METRIC, row, study
 
     rows = [row('kd', 1, 0.5, 2.0), row('kd', 2, 0.1, 1.0, status='failed', error='no disk')]
     rows += [row('teacher', 3, 0.9, 4.0, role='teacher', git_commit='def')]
+    for seed, of_teams in ((1, (0.3, 0.5)), (2, (0.6, 0.4))):
+        of = {f'team{index}': {METRIC: quality} for index, quality in enumerate(of_teams)}
+        rows.append(row('teams', seed, max(of_teams), 3.0, teams=of))
     monkeypatch.setattr(sys, 'argv', ['study.py', str(study(tmp_path, rows))])
     runpy.run_path(str(ROOT / 'benchmarks' / 'study.py'), run_name='__main__')
-    said = json.loads(capsys.readouterr().out)
+    *table, line = capsys.readouterr().out.splitlines()
+    assert [each.split(' | ') for each in table[2:]] == [
+        ['| kd', '1', '0.5000', '', '2.0 |'],
+        ['| teams', '2', '0.4500', '0.0707', '3.0 |'],  # of the means over teams, not of the best of them
+    ]
+    said = json.loads(line)
     assert said['benchmark'] == 'study' and said['study'] == 'made'
     of_runs = {'git_commit': ['abc', 'def'], 'device': ['cpu'], 'world_size': [1], 'versions': [{'torch': '2.7'}]}
     assert said['of_runs'] == of_runs
@@ -259,4 +276,6 @@ def test_study(tmp_path, monkeypatch, capsys):
         'kd-seed1': {'status': 'finished', 'train_seconds': 2.0, **seconds, 'quality': 0.5},
         'kd-seed2': {'status': 'failed', 'train_seconds': 1.0, **seconds},
         'teacher-seed3': {'status': 'finished', 'train_seconds': 4.0, **seconds, 'quality': 0.9},
+        'teams-seed1': {'status': 'finished', 'train_seconds': 3.0, **seconds, 'teams': [0.3, 0.5], 'quality': 0.5},
+        'teams-seed2': {'status': 'finished', 'train_seconds': 3.0, **seconds, 'teams': [0.6, 0.4], 'quality': 0.6},
     }
