@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import socket
 import time
@@ -56,25 +57,38 @@ class Team:
 
     Args:
         index: Of the team, from 0.
-        number: How many teams there are.
+        sizes: How many processes are in each team.
         rank: Of this process in its team.
-        size: How many processes are in each team.
         processes_here: How many processes of all teams are on this machine.
         store: What all processes of the launch meet at. Process 0 keeps it for as long as that lives.
         timeout: Seconds, after which whoever waits for another team gives up.
     """
 
     index: int
-    number: int
+    sizes: tuple[int, ...]
     rank: int
-    size: int
     processes_here: int
     store: Store
     timeout: float
     _channels: Counter[str] = field(default_factory=Counter)
 
+    @property
+    def number(self) -> int:
+        """How many teams there are."""
+        return len(self.sizes)
+
+    @property
+    def size(self) -> int:
+        """How many processes are in this team."""
+        return self.sizes[self.index]
+
+    @property
+    def launch_rank(self) -> int:
+        """The rank of this process in the launch."""
+        return sum(self.sizes[: self.index]) + self.rank
+
     def channel(self, name: str, device: str | torch.device) -> Channel:
-        """A channel to the processes of equal rank in the other teams.
+        """A channel to the processes of equal rank in the other teams, all of which have to have one.
 
         Args:
             name: What errors call it. All teams make the same channels, and those of one name in the same order.
@@ -94,9 +108,10 @@ class Team:
 
 
 _team: Team | None = None
+_met: Store | None = None
 
 
-def split(teams: int, *, timeout: float = 300.0) -> Team:
+def split(teams: int | Sequence[int], *, timeout: float = 300.0) -> Team:
     """Split the processes of this launch into teams, each of which becomes a Composer world of its own.
 
     To be called by all processes before a Trainer is made, and before anything asks for CUDA. The first so many ranks
@@ -113,31 +128,61 @@ def split(teams: int, *, timeout: float = 300.0) -> Team:
     process 0 meets at the address from which that one reaches process 0.
 
     Args:
-        teams: How many. With 1, nothing is changed.
+        teams: How many, all of one size; or the size of each. With one team, nothing is changed.
         timeout: Seconds, after which whoever waits for another team, now or later, gives up. Default: 300.
 
     Returns:
         The team of this process.
 
     Raises:
-        ValueError: The processes cannot be so many teams, were split already, are joined already, or use CUDA already.
+        ValueError: The processes cannot be so many teams, were split already, are joined already, or use CUDA already;
+            or no launcher has said where they meet, or they cannot meet there.
         PeerLost: Others did not come.
     """
     global _team
     if _team is not None:
         raise ValueError('this launch is split into teams already; split it once')
     place = Place.of(os.environ)
-    own = within(place, teams)
+    sizes = sizes_of(place, teams)
+    own = within(place, sizes)
     if torch.distributed.is_initialized():
         todo = 'split before a Trainer is made, and before composer.utils.dist.initialize_dist'
         raise ValueError(f'torch.distributed is initialized already; {todo}')
-    store: Store = HashStore()
-    if teams > 1:
-        _keep_own_devices(place, own)
-        store = _launch_store(place, timeout)
-        os.environ.update(own.variables() | _meeting_point(store, place, own, timeout))
-    _team = Team(place.rank // own.world_size, teams, own.rank, own.world_size, place.local_world_size, store, timeout)
+    if len(sizes) == 1:
+        _team = undivided(timeout)
+        return _team
+    _keep_own_devices(place, own)
+    store = meet(timeout)
+    os.environ.update(own.variables() | _meeting_point(store, place, sizes, timeout))
+    index, _ = _team_of(place.rank, sizes)
+    _team = Team(index, sizes, own.rank, place.local_world_size, store, timeout)
     return _team
+
+
+def undivided(timeout: float) -> Team:
+    """The one team of a launch that is not split.
+
+    Args:
+        timeout: Seconds, after which whoever waits for another team would give up.
+    """
+    place = Place.of(os.environ)
+    return Team(0, (place.world_size,), place.rank, place.local_world_size, HashStore(), timeout)
+
+
+def meet(timeout: float) -> Store:
+    """What all processes of this launch meet at, before it is split: where one can say what the others are to know.
+
+    Args:
+        timeout: Seconds, after which whoever waits there gives up.
+
+    Raises:
+        ValueError: No launcher has said where they meet, or they cannot meet there.
+        PeerLost: The process that keeps it did not come.
+    """
+    global _met
+    if _met is None:
+        _met = _launch_store(Place.of(os.environ), timeout)
+    return _met
 
 
 def current() -> Team | None:
@@ -145,29 +190,45 @@ def current() -> Team | None:
     return _team
 
 
-def within(place: Place, teams: int) -> Place:
+def sizes_of(place: Place, teams: int | Sequence[int]) -> tuple[int, ...]:
+    """How many processes are in each team.
+
+    Args:
+        place: Where a process stands in the launch.
+        teams: How many teams there are, all of one size; or the size of each.
+
+    Raises:
+        ValueError: The processes cannot be these teams.
+    """
+    world, here = place.world_size, place.local_world_size
+    processes = f'{world} process{"es" if world > 1 else ""}{f" on nodes of {here}" if world > here else ""}'
+    rule = 'each a part of a node or whole nodes'
+    if isinstance(teams, int):
+        equal = {number: (world // number,) * number for number in range(1, world + 1) if world % number == 0}
+        fitting = {number: sizes for number, sizes in equal.items() if _fits(place, sizes)}
+        if teams in fitting:
+            return fitting[teams]
+        todo = 'give another number of teams, or of processes (composer -n)'
+        known = ' or '.join(map(str, fitting))
+        raise ValueError(f'{processes} cannot be {teams} teams, but {known}: teams are of one size, {rule}; {todo}')
+    if all(size > 0 for size in teams) and sum(teams) == world and _fits(place, teams):
+        return (*teams,)
+    todo = 'give other sizes, or another number of processes (composer -n)'
+    raise ValueError(f'{processes} cannot be teams of {", ".join(map(str, teams))}: teams are {rule}; {todo}')
+
+
+def within(place: Place, sizes: Sequence[int]) -> Place:
     """Where a process stands within its team.
 
     Args:
         place: Where it stands in the launch.
-        teams: How many teams there are.
-
-    Raises:
-        ValueError: The processes cannot be so many teams.
+        sizes: Of the teams, as `sizes_of` has them.
     """
-    world, here = place.world_size, place.local_world_size
-    if teams == 1:
-        return place
-    if not _fits(place, teams):
-        processes = f'{world} process{"es" if world > 1 else ""}{f" on nodes of {here}" if world > here else ""}'
-        fitting = ' or '.join(str(number) for number in range(1, world + 1) if number == 1 or _fits(place, number))
-        rule = 'teams are of one size, each a part of a node or whole nodes'
-        todo = 'give another number of teams, or of processes (composer -n)'
-        raise ValueError(f'{processes} cannot be {teams} teams, but {fitting}: {rule}; {todo}')
-    size = world // teams
+    here, (index, rank) = place.local_world_size, _team_of(place.rank, sizes)
+    size = sizes[index]
     if size <= here:
-        return Place(place.rank % size, size, place.local_rank % size, size, 0)
-    return Place(place.rank % size, size, place.local_rank, here, place.node_rank % (size // here))
+        return Place(rank, size, rank, size, 0)
+    return Place(rank, size, place.local_rank, here, (rank - place.local_rank) // here)
 
 
 def own_devices(devices: Sequence[str], place: Place, own: Place) -> Sequence[str]:
@@ -182,12 +243,21 @@ def own_devices(devices: Sequence[str], place: Place, own: Place) -> Sequence[st
     return devices[first : first + own.local_world_size]
 
 
-def _fits(place: Place, teams: int) -> bool:
-    world, here, first = place.world_size, place.local_world_size, place.rank - place.local_rank
-    if teams < 1 or world % teams:
-        return False
-    size = world // teams
-    return (here % size == 0 and first % size == 0) or (size % here == 0 and first % here == 0)
+def _team_of(rank: int, sizes: Sequence[int]) -> tuple[int, int]:
+    """The team of a process of the launch, and its rank there."""
+    index = next(index for index in range(len(sizes)) if rank < sum(sizes[: index + 1]))
+    return index, rank - sum(sizes[:index])
+
+
+def _fits(place: Place, sizes: Sequence[int]) -> bool:
+    """Whether each team that has a process on this node is a part of it, or made of whole nodes, this one too."""
+    here, first = place.local_world_size, place.rank - place.local_rank
+    ends = [*itertools.accumulate(sizes, initial=0)]
+    on_node = [(begin, end) for begin, end in itertools.pairwise(ends) if begin < first + here and first < end]
+    return len(sizes) == 1 or all(
+        (first <= begin and end <= first + here) or ((first - begin) % here == 0 and (end - begin) % here == 0)
+        for begin, end in on_node
+    )
 
 
 def _keep_own_devices(place: Place, own: Place) -> None:
@@ -206,34 +276,43 @@ def _keep_own_devices(place: Place, own: Place) -> None:
 def _launch_store(place: Place, timeout: float) -> Store:
     """What all processes of the launch meet at: where Composer would have met, which it now does elsewhere."""
     is_kept = os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True'  # by torchrun
+    for name in ('MASTER_ADDR', 'MASTER_PORT'):
+        if name not in os.environ:
+            raise ValueError(f'{name} is not set: start the processes by a launcher, such as composer -n')
+    address, port = os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT'])
     try:
         store = TCPStore(
-            os.environ['MASTER_ADDR'],
-            int(os.environ['MASTER_PORT']),
+            address,
+            port,
             is_master=place.rank == 0 and not is_kept,
             timeout=timedelta(seconds=timeout),
             wait_for_workers=False,
+            multi_tenant=True,  # a launch that is not split after all meets here once more, as Composer's world
         )
     except RuntimeError as error:
         if place.rank == 0:
-            raise
+            raise ValueError(f'the processes cannot meet at {address}:{port}: {error}') from error
         raise peer_lost('splitting into teams', [KEEPER], timeout) from error
     return PrefixStore(f'composer_kd/{os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)}', store)
 
 
-def _meeting_point(store: Store, place: Place, own: Place, timeout: float) -> dict[str, str]:
+def _meeting_point(store: Store, place: Place, sizes: Sequence[int], timeout: float) -> dict[str, str]:
     """Where this process's team is to meet: at its first process, which names a free port."""
-    size = own.world_size
+    rank = _team_of(place.rank, sizes)[1]
+    everyone = {f'meeting/{each}': 'team {} rank {}'.format(*_team_of(each, sizes)) for each in range(place.world_size)}
     with socket.socket() as port:  # held until all have one, so that no two leaders of a machine are given the same
         port.bind(('', 0))
-        said = f'{_own_address(place, timeout)}:{port.getsockname()[1]}' if own.rank == 0 else ''
-        store.set(f'meeting/{place.rank}', said)
-        everyone = {f'meeting/{rank}': f'team {rank // size} rank {rank % size}' for rank in range(place.world_size)}
-        if missing := absent(store, everyone, timeout - seconds_for_notes(timeout)):
+        try:
+            said = f'{_own_address(place, timeout)}:{port.getsockname()[1]}' if rank == 0 else ''
+            store.set(f'meeting/{place.rank}', said)
+            missing = absent(store, everyone, timeout - seconds_for_notes(timeout))
+            leader = '' if missing else store.get(f'meeting/{place.rank - rank}').decode()
+        except (RuntimeError, OSError) as error:
+            raise peer_lost('splitting into teams', [KEEPER]) from error
+        if missing:
             if place.rank == 0:  # whose end is that of the store, in which the others look who is missing
                 time.sleep(seconds_for_notes(timeout))
             raise peer_lost('splitting into teams', missing, timeout)
-    leader = store.get(f'meeting/{place.rank - own.rank}').decode()
     address, _, number = leader.rpartition(':')
     return {'MASTER_ADDR': address, 'MASTER_PORT': number, 'TORCHELASTIC_USE_AGENT_STORE': 'False'}
 
