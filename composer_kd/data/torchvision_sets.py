@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from composer.core import DataSpec
 from torchvision import datasets
 from typing_extensions import Unpack
@@ -24,6 +25,7 @@ _DOC = """{title}: {shape} images with labels, held in memory.
         download: whether to fetch the files that are not there; their checksums are verified. Default: False.
         augment: whether to shift every image by up to four pixels and to mirror every second one, at random; for the
             training split alone. Default: None, {augment}.
+        pad: black pixels around each image, on every side. Default: 0.
         subset: take the first so many images alone, or with a number up to 1.0 the first so large a share. They are as
             mixed as all of them: the files of these sets are not sorted by class. Default: None, all.
         synthetic: whether to take images of noise, as many as there are real ones, and read no file. Default: False.
@@ -35,7 +37,7 @@ _DOC = """{title}: {shape} images with labels, held in memory.
 
     Raises:
         FileNotFoundError: the files are not there, or damaged.
-        ValueError: `augment`, `views` or `view_seed` for the test split, or `subset` is out of range.
+        ValueError: `augment`, `views` or `view_seed` for the test split, or `pad` or `subset` is out of range.
     """
 
 
@@ -80,6 +82,7 @@ def _builder(name: str, kind: _Kind):
         data_dir: str | Path = 'data',
         download: bool = False,
         augment: bool | None = None,
+        pad: int = 0,
         subset: int | float | None = None,
         synthetic: bool = False,
         views: int | None = None,
@@ -99,6 +102,10 @@ def _builder(name: str, kind: _Kind):
         else:
             images, labels = _read(kind, data_dir, train, download)
             samples = len(images)
+        if pad < 0:
+            raise ValueError(f'{name}: pad must be 0 pixels or more, not {pad}')
+        if pad:
+            images = F.pad(images, (pad, pad, pad, pad))
         dataset = TensorImages(
             images,
             labels,

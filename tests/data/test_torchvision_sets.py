@@ -77,6 +77,17 @@ def test_synthetic_has_the_shape_of_the_real(name):
 
 
 @pytest.mark.parametrize('name', KINDS)
+def test_padding_is_black(name):
+    build = getattr(data, name)
+    plain = build('test', 8, synthetic=True).dataloader.dataset.images
+    padded = build('test', 8, synthetic=True, pad=2).dataloader.dataset.images
+    assert padded.shape[-1] == plain.shape[-1] + 4
+    assert torch.equal(padded[..., 2:-2, 2:-2], plain) and int(padded.sum()) == int(plain.sum())
+    with pytest.raises(ValueError, match=f'{name}: pad must be 0 pixels or more, not -1'):
+        build('test', 8, synthetic=True, pad=-1)
+
+
+@pytest.mark.parametrize('name', KINDS)
 def test_augments_training_images_alone(name):
     build = getattr(data, name)
     by_default = crop_and_flip if name.startswith('cifar') else None
