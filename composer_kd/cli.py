@@ -9,7 +9,7 @@ from importlib.metadata import version
 
 from composer_kd.launching import leave_ranks
 
-COMMANDS = ('check', 'export', 'glue', 'record', 'sweep', 'sequence', 'report', 'churn')
+COMMANDS = ('check', 'export', 'glue', 'record', 'sweep', 'sequence', 'report', 'churn', 'plan')
 SECONDS_FOR_RANK_ZERO = 20  # to say what is wrong, before another rank does
 SECONDS_FOR_TEAM_ZERO = 5  # likewise, before another team's rank 0 does
 
@@ -80,9 +80,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     churn.add_argument('others', nargs='+', metavar='B', help='likewise; of more than two, all pairs are compared')
     churn.add_argument('--data', metavar='RECIPE', help="whose eval_data they are asked about; default: the runs' own")
     churn.add_argument('--out', metavar='FILE', help='write the figures to a file, too, as JSON')
+    plan = commands.add_parser('plan', help='where the blocks of a student go that learns block by block')
+    plan.add_argument('file', metavar='RECIPE', help='a recipe with `blockwise`')
+    plan.add_argument('overrides', nargs='*', metavar='key=value', help='for the recipe')
+    plan.add_argument('-n', '--devices', metavar='N', type=int, required=True, help='how many there are')
+    plan.add_argument(
+        '--profile', metavar='FILE', help='what blocks cost, by `--out` elsewhere; default: measured here'
+    )
+    plan.add_argument('--out', metavar='DIR', help='write the plan, its picture and the profile to a folder')
     arguments, rest = parser.parse_known_args(argv)
     # Overrides that stand behind an option are left over.
-    if unknown := [item for item in rest if arguments.command not in ('glue', 'record') or item.startswith('-')]:
+    if unknown := [
+        item for item in rest if arguments.command not in ('glue', 'record', 'plan') or item.startswith('-')
+    ]:
         parser.error(f'unrecognized arguments: {" ".join(unknown)}')
     work = {
         'check': lambda: check_recipes(arguments.files),
@@ -95,6 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         'sequence': lambda: run_sequence(arguments),
         'report': lambda: write_report(arguments),
         'churn': lambda: compare_runs(arguments),
+        'plan': lambda: plan_blocks(arguments, [*arguments.overrides, *rest]),
     }
     return guarded(work[arguments.command])
 
@@ -155,6 +166,13 @@ def compare_runs(arguments: argparse.Namespace) -> None:
     from composer_kd.churn import compare
 
     compare([arguments.first, *arguments.others], data=arguments.data, out=arguments.out)
+
+
+def plan_blocks(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
+    """Plan where blocks go."""
+    from composer_kd.recipes.planning import plan_recipe
+
+    plan_recipe(arguments.file, overrides, devices=arguments.devices, profile=arguments.profile, out=arguments.out)
 
 
 def export_checkpoint(checkpoint: str, folder: str) -> None:

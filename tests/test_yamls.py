@@ -17,6 +17,7 @@ from helpers import TINY_BERT, in_forks, launched, make_imagefolder, make_vocabu
 YAMLS = sorted((Path(__file__).parents[1] / 'yamls').glob('*.yaml'))
 NAMES = [path.stem for path in YAMLS]
 TEAMS = [path for path in YAMLS if 'codistillation' in path.stem]
+BLOCKWISE = [path for path in YAMLS if 'blockwise' in path.stem]
 RECORDED = [path for path in YAMLS if path.stem.endswith('_recorded')]
 DISTILLATION = {'knowledge_distillation', 'teacher_sampling', 'early_stop_distillation'}
 
@@ -41,6 +42,7 @@ SHRUNK = {
         'train_data.batch_size=8',
         'train_data.num_workers=0',
     ],
+    'vgg16': ['model.width=4', 'train_data.batch_size=8', 'train_data.synthetic=true', 'train_data.download=false'],
     'text_classification': ['train_data.batch_size=4', 'model.pretrained=pretrained'],
     'resnet50': ['train_data.batch_size=4', 'train_data.crop_size=64', 'train_data.num_workers=0', 'precision=fp32'],
 }
@@ -105,7 +107,7 @@ def test_checks(path):
 
 
 @pytest.mark.filterwarnings('ignore::UserWarning:torch', 'ignore:.*lr_scheduler.step:UserWarning')
-@pytest.mark.parametrize('path', [path for path in YAMLS if path not in TEAMS], ids=lambda path: path.stem)
+@pytest.mark.parametrize('path', [path for path in YAMLS if path not in TEAMS + BLOCKWISE], ids=lambda path: path.stem)
 def test_trains_two_batches(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     local_data(tmp_path, monkeypatch)
@@ -124,6 +126,17 @@ def test_trains_two_batches(path, tmp_path, monkeypatch):
     assert any('loss/train/kd' in row for row in read_metrics(folder / 'metrics.jsonl')) == distills
     assert json.loads((folder / 'summary.json').read_text()) == summary
     assert (folder / summary['checkpoint']).is_file() and (folder / 'curves.png').is_file()
+
+
+@pytest.mark.filterwarnings('ignore:.*lr_scheduler.step:UserWarning')
+@pytest.mark.parametrize('path', BLOCKWISE, ids=lambda path: path.stem)
+def test_learns_block_by_block(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    local_data(tmp_path, monkeypatch)
+    summary = run(copy_beside(path, tmp_path / 'yamls'), shrunk(path))
+    folder = tmp_path / 'runs' / path.stem
+    assert summary['batches'] == 2 and json.loads((folder / 'summary.json').read_text()) == summary
+    assert (folder / summary['checkpoint']).is_file() and [*summary['stages'].values()] == [1]
 
 
 @pytest.mark.dist

@@ -1,6 +1,7 @@
 """Builders of networks: each returns a `composer.models.ComposerModel`."""
 
 from composer_kd.models.cifar_resnet import cifar_resnet20, cifar_resnet56
+from composer_kd.models.cifar_vgg import cifar_vgg16
 from composer_kd.models.convnet import small_convnet
 from composer_kd.models.text_models import masked_lm, text_classifier
 from composer_kd.models.timm_models import timm
@@ -28,6 +29,7 @@ from composer_kd.models.torchvision_models import (
 __all__ = [
     'cifar_resnet20',
     'cifar_resnet56',
+    'cifar_vgg16',
     'masked_lm',
     'resnet18',
     'resnet34',

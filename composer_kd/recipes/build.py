@@ -43,7 +43,7 @@ def build(plan: Plan, checkpoints: Sequence[tuple[Path, str] | None]) -> dict[st
     _check_fit(plan, 'model', model, keywords)
     if plan.optimizer:
         keywords['optimizers'] = plan.optimizer(params=model.parameters())
-    teachers = [_teacher(plan, index, file, keywords) for index, file in enumerate(checkpoints)]
+    teachers = [build_teacher(plan, index, file, keywords) for index, file in enumerate(checkpoints)]
     keywords['schedulers'] = [call() for call in plan.schedulers]
     keywords['algorithms'] = []
     for call in plan.algorithms:
@@ -59,7 +59,18 @@ def build(plan: Plan, checkpoints: Sequence[tuple[Path, str] | None]) -> dict[st
     return plan.trainer | keywords
 
 
-def _teacher(plan: Plan, index: int, checkpoint: tuple[Path, str] | None, keywords: dict[str, Any]) -> Any:
+def build_teacher(plan: Plan, index: int, checkpoint: tuple[Path, str] | None, keywords: dict[str, Any]) -> Any:
+    """Build one teacher.
+
+    Args:
+        plan: The plan.
+        index: Of the teacher.
+        checkpoint: File and SHA-256 of its checkpoint, None if it has none of a run.
+        keywords: For Trainer, with the data that it has to be able to read, if any.
+
+    Raises:
+        RecipeError: It cannot be built, or does not fit the data.
+    """
     teacher = plan.teachers[index]
     if teacher.model is None:
         return teacher.call()

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from composer_kd.algorithms import Codistillation
 from composer_kd.algorithms.inputs import changes_inputs, refuse_changed_inputs
+from composer_kd.blockwise.settings import Blockwise
 from composer_kd.checkpoints import find_paths
 from composer_kd.exchange import make_exchange
 from composer_kd.recipes.bind import bind, signature
@@ -90,6 +91,7 @@ class Plan:
     algorithms: list[Call] = field(default_factory=list)
     callbacks: list[Call] = field(default_factory=list)
     loggers: list[Call] = field(default_factory=list)
+    blockwise: Call | None = None
     trainer: dict[str, Any] = field(default_factory=dict)
 
 
@@ -105,7 +107,7 @@ def check(recipe: Recipe, trail: tuple[Path, ...] = ()) -> Plan:
     """
     config = recipe.config
     trainer_keys = [key for key in signature(_trainer()) if key not in _NOT_PLAIN]
-    known = [*SECTIONS, 'runs_dir', 'teams', 'team_data', 'of_teams', *trainer_keys]
+    known = [*SECTIONS, 'runs_dir', 'teams', 'team_data', 'of_teams', 'blockwise', *trainer_keys]
     for key in config:
         if key not in known:
             raise recipe.error((key,), f'a recipe has no {key!r}; {nearest(key, known)}')
@@ -113,6 +115,8 @@ def check(recipe: Recipe, trail: tuple[Path, ...] = ()) -> Plan:
         if config.get(key) is None:
             raise recipe.error((), f'the recipe has no {key!r}; add it')
     _check_teams(recipe)
+    if config.get('blockwise') is not None:  # stages that are killed have saved different batches, too
+        config.setdefault('save_num_checkpoints_to_keep', 2)
     for key, value in DEFAULTS.items():
         config.setdefault(key, value)
 
@@ -130,8 +134,11 @@ def check(recipe: Recipe, trail: tuple[Path, ...] = ()) -> Plan:
     plan.trainer = bind(recipe, (), _trainer(), {k: config[k] for k in trainer_keys if k in config}, _NOT_PLAIN)
     _check_values(recipe)
     plan.teachers = _teachers(recipe, (*trail, recipe.path.resolve()))
+    if config.get('blockwise') is not None:
+        _check_blockwise(plan)
     _check_algorithms(plan)
     _check_team_data(plan)
+    _check_saving_in_step(plan)
     for scheduler in plan.schedulers:
         scheduler()
     return plan
@@ -341,6 +348,42 @@ def _check_team_data(plan: Plan) -> None:
         raise recipe.error(('train_data', 'part'), f'teams with disjoint data have parts of their own; {todo}')
 
 
+def _check_saving_in_step(plan: Plan) -> None:
+    """Check whether teams that learn from each other, or stages, save what they can go on from together."""
+    from composer.core import Time, TimeUnit
+
+    config, exchange = plan.recipe.config, exchange_of(plan)
+    if plan.blockwise is None and ('teams' not in config or exchange is None):
+        return
+    who, each = ('stages', 'stage') if plan.blockwise else ('teams that learn from each other', 'team')
+    if config['save_num_checkpoints_to_keep'] == 1:
+        what = f'{who} need their last two, to go on from the same batch'
+        raise plan.recipe.error(('save_num_checkpoints_to_keep',), f'{what}; give 2, or leave it out')
+    interval = config.get('save_interval', '1ep')
+    unit = Time.from_input(interval, TimeUnit.EPOCH).unit
+    if unit == TimeUnit.SECOND or (unit == TimeUnit.TOKEN and exchange != 'predictions'):
+        what = f'{interval} comes in another batch in each {each}'
+        raise plan.recipe.error(('save_interval',), f'{what}; give it in batches, samples or epochs')
+
+
+def _check_blockwise(plan: Plan) -> None:
+    """Check what a student needs that learns block by block."""
+    recipe = plan.recipe
+    arguments = bind(recipe, ('blockwise',), Blockwise, recipe.config['blockwise'])
+    plan.blockwise = Call(recipe, ('blockwise',), Blockwise, arguments)
+    plan.blockwise()
+    if 'teams' in recipe.config:
+        raise recipe.error(('teams',), 'blocks are dealt out to processes by a plan; leave it out')
+    for call in plan.algorithms:
+        todo = 'leave it out; what comes after block by block is a recipe of its own'
+        raise recipe.error(call.key, f'algorithms are for networks as a whole; {todo}')
+    networks = [teacher for teacher in plan.teachers if teacher.model is not None]
+    if len(plan.teachers) != 1 or not networks:
+        raise recipe.error(
+            ('teachers',), 'one network teaches block by block; give one with a `model`, `recipe` or `runs`'
+        )
+
+
 def _check_values(recipe: Recipe) -> None:
     """Check values that are of the right type and wrong all the same."""
     from composer.core import Time, TimeUnit
@@ -368,7 +411,7 @@ def _check_algorithms(plan: Plan) -> None:
         raise recipe.error(
             distilling[1].key, f'one distilling algorithm per run; there is {distilling[0].key[-1]!r} already'
         )
-    if plan.teachers and not any(map(takes_teachers, distilling)):
+    if plan.teachers and not any(map(takes_teachers, distilling)) and not plan.blockwise:
         raise recipe.error(('teachers',), 'nothing learns from them; add knowledge_distillation to `algorithms`')
     if any(map(takes_teachers, distilling)) and not plan.teachers:
         raise recipe.error(distilling[0].key, 'there is no teacher to learn from; add a `teachers` section')

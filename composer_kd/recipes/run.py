@@ -18,7 +18,7 @@ import torch
 import torch.backends.cudnn
 from composer import Trainer
 from composer.core import Event
-from composer.utils import dist, ensure_tuple, get_device
+from composer.utils import dist, ensure_tuple, format_name_with_dist, get_device
 
 from composer_kd.algorithms import (
     Codistillation,
@@ -29,12 +29,12 @@ from composer_kd.algorithms import (
 )
 from composer_kd.algorithms.knowledge_distillation import distillers
 from composer_kd.channel import PeerLost
-from composer_kd.checkpoints import kept_checkpoints
+from composer_kd.checkpoints import kept_checkpoints, link_latest
 from composer_kd.data.text_files import TextError
 from composer_kd.launching import leave_ranks
 from composer_kd.memory import end_workers, free_closed_runs
 from composer_kd.recipes.build import build
-from composer_kd.recipes.check import Plan, TeacherPlan, TeacherRun, check
+from composer_kd.recipes.check import Plan, TeacherPlan, TeacherRun
 from composer_kd.recipes.folder import (
     check_name,
     claim,
@@ -45,7 +45,7 @@ from composer_kd.recipes.folder import (
     write_recipe,
     written_recipe,
 )
-from composer_kd.recipes.load import Recipe, RecipeError, load
+from composer_kd.recipes.load import Recipe, RecipeError
 from composer_kd.recipes.lock import FolderLock
 from composer_kd.recipes.metrics_logger import MetricsLogger
 from composer_kd.recipes.report import EvaluationLines, lines, say, summarize
@@ -65,12 +65,12 @@ _signal_file = dist.get_node_signal_file_name
 SECONDS_BETWEEN_LOOKS = 2.0  # at a folder in which another launch is at work
 
 
-def run(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+def run_plan(plan: Plan, overrides: Sequence[str]) -> dict[str, Any]:
     """Do what a recipe says: train its teachers if they are still to be trained, then its student.
 
     Args:
-        path: The recipe.
-        overrides: `key.sub=value`.
+        plan: Of the recipe.
+        overrides: With which it was loaded.
 
     Returns:
         The summary of the run, as in its `summary.json`; in a launch of several teams, that of this team's run.
@@ -78,13 +78,13 @@ def run(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     Raises:
         RecipeError: If the recipe is wrong, or cannot be followed here.
     """
-    plan, team = join(check(load(path, overrides)), overrides)
+    plan, team = join(plan, overrides)
     start(plan)
     on_rank_zero(lambda: check_name(plan.recipe))
     _rehearse(plan)
     try:
         with FolderLock(plan.recipe) as lock, team or nullcontext():
-            summary = _train(plan, lock, team)
+            summary = train(plan, lock, team)
             if team:
                 leave_ranks()  # who would otherwise wait for rank 0 while that waits for other teams
                 team.conclude(summary)
@@ -166,17 +166,32 @@ def _rehearse_algorithms(recipe: Recipe, keywords: dict[str, Any]) -> None:
         raise recipe.error((), str(error)) from error
 
 
-def _train(plan: Plan, lock: FolderLock, team: TeamRun | None = None) -> dict[str, Any]:
-    """Train the teachers that are to be trained first, then build and train; `lock` takes the folder."""
-    recipe = plan.recipe
+def train(
+    plan: Plan,
+    lock: FolderLock,
+    team: TeamRun | None = None,
+    make: Callable[[Plan, Sequence[tuple[Path, str] | None]], dict[str, Any]] = build,
+) -> dict[str, Any]:
+    """Train the teachers that are to be trained first, then build and train.
+
+    Args:
+        plan: The plan.
+        lock: Takes the folder.
+        team: The part of this process's team, if there are several. Default: None.
+        make: Makes the keywords for Trainer, of the plan and the teachers' checkpoints. Default: `build`.
+
+    Returns:
+        The summary.
+    """
+    recipe, of_teams = plan.recipe, 'blockwise' if plan.blockwise else 'teams'
     teachers = [_teacher_run(teacher) for teacher in plan.teachers]
-    keywords = build(plan, _checkpoints(teachers))
+    keywords = make(plan, _checkpoints(teachers))
     if team:
         team.enter(recipe)
-    folder, is_new = on_rank_zero(lambda: _claim(recipe, lock, keywords['model']))
+    folder, is_new = on_rank_zero(lambda: _claim(recipe, lock, keywords, team))
     try:
         if team:
-            team.level(folder)
+            team.level(_save_folder(keywords, folder, team))
         trainer = _trainer(plan, keywords, folder, team)
     except Exception as error:
         if is_new:
@@ -184,7 +199,7 @@ def _train(plan: Plan, lock: FolderLock, team: TeamRun | None = None) -> dict[st
         if isinstance(error, RecipeError):
             raise
         if isinstance(error, PeerLost):
-            raise recipe.error(('teams',), str(error), exit_code=1) from error
+            raise recipe.error((of_teams,), str(error), exit_code=1) from error
         if isinstance(error, _CAUSED_BY_PEOPLE):
             raise recipe.error((), str(error), 2 if isinstance(error, ValueError) else 1) from error
         if isinstance(error, _CAUSED_BY_CHECKPOINTS) and (keywords.get('autoresume') or keywords.get('load_path')):
@@ -202,7 +217,7 @@ def _train(plan: Plan, lock: FolderLock, team: TeamRun | None = None) -> dict[st
         if is_new and trainer.state.timestamp.batch - batches <= 1 and not trainer.saved_checkpoints:
             _remove(folder, team)
         teachers = 'teachers' if 'teachers' in recipe.config else 'algorithms'
-        for kind, key in ((TeacherError, teachers), (TextError, 'train_data'), (PeerLost, 'teams')):
+        for kind, key in ((TeacherError, teachers), (TextError, 'train_data'), (PeerLost, of_teams)):
             if isinstance(error, kind):
                 raise recipe.error((key,), str(error), exit_code=1) from error
         raise
@@ -214,7 +229,7 @@ def _train(plan: Plan, lock: FolderLock, team: TeamRun | None = None) -> dict[st
     return summary
 
 
-def _claim(recipe: Recipe, lock: FolderLock, model: Any) -> tuple[Path, bool]:
+def _claim(recipe: Recipe, lock: FolderLock, keywords: dict[str, Any], team: TeamRun | None) -> tuple[Path, bool]:
     """Take the folder of the run, and see whether a run that is there can go on; whether the folder is new."""
     folder, is_new = claim(recipe, lock)
     if not is_new:
@@ -224,16 +239,23 @@ def _claim(recipe: Recipe, lock: FolderLock, model: Any) -> tuple[Path, bool]:
                 what = f'{folder} is a finished run of another recipe, which differs in {", ".join(changed)}'
                 raise recipe.error((), f'{what}; only max_duration may change, so choose another run_name')
             say(f'going on in {folder} with another recipe than it began with: {", ".join(changed)} changed')
-        latest = folder / 'checkpoints' / 'latest-rank0.pt'
+        checkpoints = _save_folder(keywords, folder, team)
+        link_latest(checkpoints)
+        latest = checkpoints / 'latest-rank0.pt'
         if latest.exists() and not zipfile.is_zipfile(latest):
             todo = f'put one back that is whole, or delete {folder} to start anew'
             raise recipe.error((), f'the checkpoint {latest} is damaged; {todo}', exit_code=1)
-        reads, learned = getattr(model, 'tokenizer', None), saved_tokenizer(latest)
+        reads, learned = getattr(keywords['model'], 'tokenizer', None), saved_tokenizer(latest)
         if reads and learned and (difference := tokenizer_difference(reads, learned)):
             what = f'{folder} began with another tokenizer ({difference}), or the text that it is made from has changed'
             raise recipe.error(('model',), f'{what}; choose another run_name')
-        (folder / 'summary.json').unlink(missing_ok=True)
     return folder, is_new
+
+
+def _save_folder(keywords: dict[str, Any], folder: Path, team: TeamRun | None) -> Path:
+    """Where a run has its checkpoints."""
+    given = keywords.get('save_folder') or str(folder / 'checkpoints')
+    return Path(format_name_with_dist(given, team.name if team else folder.name))
 
 
 def _remove(folder: Path, team: TeamRun | None) -> None:
@@ -256,9 +278,10 @@ def _trainer(plan: Plan, keywords: dict[str, Any], folder: Path, team: TeamRun |
     if team:
         team.meet_to_save(trainer)
     if dist.get_global_rank() == 0:
+        (folder / 'summary.json').unlink(missing_ok=True)  # now that nothing is in the way of going on
         write_recipe(plan.recipe, folder)
-        latest = Path(keywords['save_folder'] or '', 'latest-rank0.pt')
-        if keywords['save_folder'] and keywords.get('autoresume') and latest.is_symlink():
+        latest = _save_folder(keywords, folder, team) / 'latest-rank0.pt'
+        if keywords.get('autoresume') and latest.is_symlink():
             # Composer forgets at resume which checkpoints there are, and would leave them behind for ever.
             kept = kept_checkpoints(latest.parent).values() or [latest.parent / latest.readlink()]
             trainer.saved_checkpoints.extend(map(str, kept))
@@ -299,7 +322,7 @@ def _teacher_run(teacher: TeacherPlan) -> TeacherRun | None:
             say(f'training the teacher {recipe.path} in {folder}')
             recipe.config['autoresume'] = teacher.recipe.trainer['autoresume'] = True
             with _determinism_kept():
-                summary = _train(teacher.recipe, lock)
+                summary = train(teacher.recipe, lock)
             free_closed_runs()
         else:
             say(f'found the teacher {recipe.path} in {folder}', once=True)

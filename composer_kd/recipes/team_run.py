@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -70,16 +71,22 @@ class TeamRun:
         team: The team.
         recipe: The recipe of the launch. Each team's own has another seed.
         in_step: Whether teams learn from each other, so that they save, and go on, at the same batches.
+        files: Texts of files that belong into the launch's folder, by their names. Default: none.
 
     Attributes:
         name: Of this team's run, for loggers.
         folder: Of the launch, in which each team has its own; none before `enter`.
+        part: What this team's run is called there.
     """
 
-    def __init__(self, team: teams.Team, recipe: Recipe, in_step: bool):
+    def __init__(
+        self, team: teams.Team, recipe: Recipe, in_step: bool, files: Mapping[str, str] = MappingProxyType({})
+    ):
         self.name = ''
         self.folder: Path | None = None
-        self._team, self._recipe, self._in_step = team, recipe, in_step
+        self.part = f'team{team.index}'
+        self._team, self._recipe, self._in_step, self._files = team, recipe, in_step, files
+        self._key = ('blockwise',) if 'blockwise' in recipe.config else ('teams',)
         self._lock, self._is_new = FolderLock(recipe), False
         self._channel = team.channel('recipe', 'cpu')
         self._store = PrefixStore('recipe', team.store)
@@ -99,23 +106,24 @@ class TeamRun:
         Raises:
             RecipeError: It cannot be taken, or another team does not come.
         """
-        taken = on_rank_zero(self._take)
-        if 'error' in taken:
-            raise RecipeError(taken['error'], taken['exit_code'])
-        self.folder, self._is_new = Path(taken['folder']), taken['is_new']
-        own.config |= {'runs_dir': str(self.folder), 'run_name': f'team{self._team.index}'}
-        self.name = f'{self.folder.name}-team{self._team.index}'
+        if self.folder is None:
+            taken = on_rank_zero(self._take)
+            if 'error' in taken:
+                raise RecipeError(taken['error'], taken['exit_code'])
+            self.folder, self._is_new = Path(taken['folder']), taken['is_new']
+        own.config |= {'runs_dir': str(self.folder), 'run_name': self.part}
+        self.name = f'{self.folder.name}-{self.part}'
 
-    def level(self, folder: Path) -> None:
+    def level(self, checkpoints: Path) -> None:
         """See to it that teams in step go on from the same batch: the latest of which all have a checkpoint.
 
         Args:
-            folder: Of this team's run.
+            checkpoints: Folder of those of this team's run.
 
         Raises:
             RecipeError: There is none, but some teams have checkpoints; or another team does not come.
         """
-        on_rank_zero(lambda: self._level(folder / 'checkpoints'))
+        on_rank_zero(lambda: self._level(checkpoints))
 
     def meet_to_save(self, trainer: Trainer) -> None:
         """Have teams in step save a batch once all have come to it, so that those that are killed have one in common.
@@ -157,7 +165,7 @@ class TeamRun:
             if len({*every}) > 1:
                 at = ', '.join(f'team{index} at batch {one}' for index, one in enumerate(every))
                 todo = 'put checkpoints of one batch where each looks for them, or start anew under another run_name'
-                raise self._recipe.error(('teams',), f'the teams would begin apart: {at}; {todo}', exit_code=1)
+                raise self._recipe.error(self._key, f'the teams would begin apart: {at}; {todo}', exit_code=1)
 
         if self._in_step:
             on_rank_zero(look)
@@ -172,7 +180,8 @@ class TeamRun:
         assert self.folder is not None
         with suppress(OSError):  # another team does the same
             names = [path.name for path in self.folder.iterdir()]
-            if self._is_new and all(name == 'recipe.yaml' or name.endswith('.lock') for name in names):
+            ours = {'recipe.yaml', *self._files}
+            if self._is_new and all(name in ours or name.endswith('.lock') for name in names):
                 for name in names:
                     (self.folder / name).unlink()
                 self.folder.rmdir()
@@ -183,17 +192,24 @@ class TeamRun:
         Raises:
             RecipeError: A team is gone, or gives no sign of life for as long as the time-out.
         """
-        if self._team.rank > 0:
-            return
+        if self._team.rank == 0 and (every := self.hand_in(summary)):
+            self._write(every)
+
+    def hand_in(self, summary: dict[str, Any]) -> list[dict[str, Any]]:
+        """Hand in this team's summary, as its rank 0.
+
+        Returns:
+            Those of all teams, for which team 0 waits; nothing to other teams.
+
+        Raises:
+            RecipeError: A team is gone, or gives no sign of life for as long as the time-out.
+        """
         try:
-            try:
-                self._store.set(f'summary/{self._team.index}', json.dumps(summary))
-            except RuntimeError as error:
-                raise peer_lost('the end of the launch', [KEEPER]) from error
-            if self._team.index == 0:
-                self._write(self._summaries())
-        except PeerLost as error:
-            raise self._recipe.error(('teams',), str(error), exit_code=1) from error
+            self._store.set(f'summary/{self._team.index}', json.dumps(summary))
+            return self._summaries() if self._team.index == 0 else []
+        except RuntimeError as error:
+            lost = error if isinstance(error, PeerLost) else peer_lost('the end of the launch', [KEEPER])
+            raise self._recipe.error(self._key, str(lost), exit_code=1) from error
 
     def _take(self) -> dict[str, Any]:
         self._agree('built', True)
@@ -201,6 +217,8 @@ class TeamRun:
         if self._team.index == 0:
             try:
                 folder, is_new = claim(self._recipe, self._lock)
+                for name, text in self._files.items():
+                    write(folder / name, text)
                 taken = {'folder': str(folder), 'is_new': is_new}
             except RecipeError as error:
                 taken = {'error': str(error), 'exit_code': error.exit_code}
@@ -208,7 +226,7 @@ class TeamRun:
 
     def _level(self, checkpoints: Path) -> None:
         assert self.folder is not None
-        own = [*kept_checkpoints(checkpoints)]
+        own = [*kept_checkpoints(checkpoints)] if self._recipe.config.get('autoresume') else []
         every = self._agree('checkpoints', own) if self._in_step else []
         if any(every):
             common = set.intersection(*(set(batches) for batches in every))
@@ -219,7 +237,8 @@ class TeamRun:
                     f'team{index}: {", ".join(map(str, batches)) or "none"}' for index, batches in enumerate(every)
                 )
                 what = f'the teams have no checkpoints of the same batch ({at})'
-                raise self._recipe.error(('teams',), f'{what}; delete {self.folder} to start anew', exit_code=1)
+                these = self.folder if checkpoints.is_relative_to(self.folder) else 'them'
+                raise self._recipe.error(self._key, f'{what}; delete {these} to start anew', exit_code=1)
             if own and own[-1] != max(common):
                 say(f'going back from batch {own[-1]} to {max(common)}, which all teams have a checkpoint of')
                 go_back(checkpoints, max(common))
@@ -231,7 +250,7 @@ class TeamRun:
         try:
             return self._channel.agree(topic, value)
         except PeerLost as error:
-            raise self._recipe.error(('teams',), str(error), exit_code=1) from error
+            raise self._recipe.error(self._key, str(error), exit_code=1) from error
 
     def _summaries(self) -> list[dict[str, Any]]:
         """Those of all teams, for which it waits while they give signs of life."""
