@@ -86,7 +86,9 @@ def summarize(plan: Plan, trainer: Trainer, folder: Path, teacher_training_secon
     }
     checkpoint = Path(trainer.saved_checkpoints[-1]) if trainer.saved_checkpoints else folder
     if checkpoint.is_file():
-        summary['checkpoint'] = str(checkpoint.relative_to(folder) if checkpoint.is_relative_to(folder) else checkpoint)
+        summary['checkpoint'] = str(
+            checkpoint.relative_to(folder) if checkpoint.is_relative_to(folder) else checkpoint.absolute()
+        )
         summary['checkpoint_sha256'] = file_sha256(checkpoint)
     plot(rows, folder / 'curves.png', state.run_name)
     write(folder / 'summary.json', json.dumps(summary, indent=2) + '\n')
