@@ -24,12 +24,14 @@ class Forecast:
         steps: Seconds of a step: `relay`, the plan's pipeline, simulated; `relay with a barrier`, if all stages waited
             for each other after each batch; `data parallel`, one block after another on all devices; `layer split`,
             blocks that are dealt out, each with the teacher's blocks before it.
+        stages: What each stage does with a batch.
         waits: For each stage, the share of the time in which it waits.
         work: What the simulated pipeline did.
     """
 
     plan: Plan
     steps: dict[str, float]
+    stages: list[Timing]
     waits: tuple[float, ...]
     work: list[Work]
 
@@ -51,7 +53,7 @@ def forecast(costs: Costs, devices: Sequence[Device], plan: Plan, *, depth: int 
         'data parallel': data_parallel(costs, devices),
         'layer split': layer_split(costs, devices)[0],
     }
-    return Forecast(plan, steps, tuple(idle(work, number) for number in range(len(stages))), work)
+    return Forecast(plan, steps, stages, tuple(idle(work, number) for number in range(len(stages))), work)
 
 
 def timings(costs: Costs, devices: Sequence[Device], plan: Plan) -> list[Timing]:
@@ -69,15 +71,14 @@ def timings(costs: Costs, devices: Sequence[Device], plan: Plan) -> list[Timing]
 
 def table(found: Forecast) -> str:
     """For people."""
-    lines = [f'{"stage": <7}{"blocks": <9}{"devices": <9}{"ms a batch": >11}{"waits": >8}']
-    for number, (stage, seconds, waits) in enumerate(
-        zip(found.plan.stages, found.plan.seconds, found.waits, strict=True)
-    ):
+    lines = [f'{"stage": <7}{"blocks": <9}{"devices": <9}{"ms to receive": >14}{"ms of work": >12}{"waits": >8}']
+    for number, (stage, timing, waits) in enumerate(zip(found.plan.stages, found.stages, found.waits, strict=True)):
         own = f'{number: <7}{_range(stage.blocks): <9}{_range(stage.devices): <9}'
-        lines.append(f'{own}{1000 * seconds: >11.2f}{waits: >8.0%}')
-    lines.append(f'{"a step": <25}{"ms": >11}{"ratio": >8}')
+        work = timing.relay + timing.train
+        lines.append(f'{own}{1000 * timing.receive: >14.2f}{1000 * work: >12.2f}{waits: >8.0%}')
+    lines.append(f'{"a step": <25}{"": >14}{"ms": >12}{"ratio": >8}')
     for name, seconds in found.steps.items():
-        lines.append(f'{name: <25}{1000 * seconds: >11.2f}{seconds / found.steps["relay"]: >8.2f}')
+        lines.append(f'{name: <39}{1000 * seconds: >12.2f}{seconds / found.steps["relay"]: >8.2f}')
     return '\n'.join(lines)
 
 

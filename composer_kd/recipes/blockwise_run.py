@@ -343,6 +343,7 @@ def _finish(
         'world_size': sum(deal.sizes),
         'parameters': sum(parameter.numel() for parameter in student.parameters()),
         'checkpoint': str(checkpoint.relative_to(folder)),
+        **dict.fromkeys(('teacher_seconds', 'teacher_forwards', 'teacher_share')),  # it runs in parts, and meanwhile
         'schedule': settings.schedule,
         'teacher_block_runs': sum(run['teacher_block_runs'] for run in runs),  # since it was last started
         'stages': {name_of(blocks): size for size, runs in zip(deal.sizes, deal.runs, strict=True) for blocks in runs},
@@ -353,5 +354,5 @@ def _finish(
         write(folder / 'summary.json', json.dumps(summary, indent=2) + '\n')
     table = [f'  {name:<40} {float(value):.4f}' for name, value in summary['metrics'].items()]
     said = f'{folder.name}: {len(pairs)} blocks, {summary["batches"]} batches, {max(seconds):.1f} s of training'
-    say('\n'.join([said, *table, f'  checkpoint  {checkpoint}']))
+    say('\n'.join([said, *table, f'  checkpoint  {checkpoint}', f'  blocks      in {", ".join(names)} there']))
     return summary
