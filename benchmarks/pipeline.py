@@ -4,8 +4,9 @@
 
 A depthwise-separable VGG-16 learns from a VGG-16 on images of noise, in four ways: as a relay; as a relay whose stages
 wait for each other after each batch; one block after another on all processes; and with blocks dealt out to processes.
-Each is a launch of `composer` on the same recipe; all take turns. Beside the ratios of their seconds of training stand
-those that `composer-kd plan` has promised. A ratio is the median over the rounds of the ratios within a round.
+Each is a launch of `composer` on the same recipe; all take turns. A relay has a stage for each process, since stages of
+several processes see other batches. Beside the ratios of their seconds of training stand those that the simulator
+promises, from the profile of `composer-kd plan`. A ratio is the median over the rounds of the ratios within a round.
 """
 
 import argparse
@@ -22,6 +23,9 @@ from composer.core import Callback, State
 from composer.loggers import Logger
 from row import row
 
+from composer_kd.blockwise.forecast import Forecast, forecast
+from composer_kd.blockwise.plan import Device, every, planned
+from composer_kd.blockwise.profile import Profile
 from composer_kd.teams import current
 
 RECIPE = """\
@@ -58,11 +62,14 @@ class Barrier(Callback):
         self._channel.gather(torch.zeros(1))
 
 
-def planned(recipe: Path, processes: int, out: Path) -> dict:
-    """What `composer-kd plan` says."""
+def promise(recipe: Path, processes: int, out: Path) -> Forecast:
+    """The best plan with a stage for each process, and what it promises by the profile of `composer-kd plan`."""
     command = ['plan', str(recipe), '-n', str(processes), '--out', str(out)]
     subprocess.run([sys.executable, '-m', 'composer_kd', *command], check=True)
-    return json.loads((out / 'plan.json').read_text())
+    costs, devices = Profile.load(out / 'profile.json').costs(processes), [Device()] * processes
+    pipelines = [stages for stages in every(costs.blocks, processes) if len(stages) == processes]
+    best = min((planned(costs, devices, stages) for stages in pipelines), key=lambda plan: plan.step)
+    return forecast(costs, devices, best)
 
 
 def launch(recipe: Path, processes: int, overrides: list[str]) -> float:
@@ -94,11 +101,8 @@ def main() -> None:
         recipe = Path(folder, 'recipe.yaml')
         samples = arguments.batch_size * arguments.batches
         recipe.write_text(RECIPE.format(**vars(arguments), samples=samples))
-        plan = planned(recipe, arguments.processes, Path(folder))
-        stages = [
-            [last - first, after - before]
-            for (first, last), (before, after) in zip(plan['blocks'], plan['devices'], strict=True)
-        ]
+        promised = promise(recipe, arguments.processes, Path(folder))
+        stages = [[len(stage.blocks), 1] for stage in promised.plan.stages]
         for number in range(arguments.rounds):
             for name, overrides in WAYS.items():
                 own = [f'run_name={name.replace(" ", "_")}-{number}', f'runs_dir={folder}/runs', *overrides]
@@ -109,13 +113,13 @@ def main() -> None:
         name: statistics.median(of / relay for of, relay in zip(seconds[name], seconds['relay'], strict=True))
         for name in WAYS
     }
-    promised = {name: plan['steps'][name] / plan['steps']['relay'] for name in WAYS}
+    of_steps = {name: promised.steps[name] / promised.steps['relay'] for name in WAYS}
     print(f'\ncifar_vgg16 of width {arguments.width}, batches of {arguments.batch_size}, stages {stages}')
     print(f'{"": <24}{"s/step": >10}{"ratio": >8}{"promised": >10}')
     for name in WAYS:
-        print(f'{name: <24}{statistics.median(seconds[name]): >10.4f}{ratios[name]: >8.3f}{promised[name]: >10.3f}')
-    figures = {'seconds': seconds, 'ratios': ratios, 'promised': promised, 'stages': stages}
-    print(row('pipeline', **figures, promised_seconds=plan['steps'], setting=vars(arguments)))
+        print(f'{name: <24}{statistics.median(seconds[name]): >10.4f}{ratios[name]: >8.3f}{of_steps[name]: >10.3f}')
+    figures = {'seconds': seconds, 'ratios': ratios, 'promised': of_steps, 'stages': stages}
+    print(row('pipeline', **figures, promised_seconds=promised.steps, setting=vars(arguments)))
 
 
 if __name__ == '__main__':
