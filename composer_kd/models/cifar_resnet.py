@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from composer.models import ComposerClassifier
 from torch import nn
 
-from composer_kd.models.classifier import Loss, classifier
+from composer_kd.models.classifier import Loss, classifier, initialize_convolutions
 
 
 class _Block(nn.Module):
@@ -40,9 +40,7 @@ class _CifarResNet(nn.Module):
         channels = [width] * (blocks + 1) + [2 * width] * blocks + [4 * width] * blocks
         self.blocks = nn.Sequential(*(_Block(*pair) for pair in itertools.pairwise(channels)))
         self.fc = nn.Linear(4 * width, num_classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode='fan_out', nonlinearity='relu')
+        initialize_convolutions(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map images (batch, 3, h, w) to logits (batch, num_classes)."""

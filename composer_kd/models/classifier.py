@@ -13,6 +13,13 @@ Loss = Literal['cross_entropy', 'binary_cross_entropy']
 _LOSSES = {'cross_entropy': soft_cross_entropy, 'binary_cross_entropy': binary_cross_entropy_with_logits}
 
 
+def initialize_convolutions(module: nn.Module) -> None:
+    """Draw the weights of all convolutions for ReLUs behind them, by their outputs (arXiv 1502.01852)."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight, mode='fan_out', nonlinearity='relu')
+
+
 def classifier(
     module: nn.Module, head: nn.Module, *, num_classes: int, loss: Loss, pretrained: bool = False
 ) -> ComposerClassifier:

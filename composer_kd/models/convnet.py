@@ -7,7 +7,7 @@ from typing import Literal
 from composer.models import ComposerClassifier
 from torch import nn
 
-from composer_kd.models.classifier import Loss, classifier
+from composer_kd.models.classifier import Loss, classifier, initialize_convolutions
 
 _STAGES = 3
 
@@ -64,7 +64,5 @@ def small_convnet(
     stages['pool'] = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
     stages['fc'] = nn.Linear(channels, num_classes)
     module = nn.Sequential(stages)
-    for layer in module.modules():
-        if isinstance(layer, nn.Conv2d):
-            nn.init.kaiming_normal_(layer.weight, mode='fan_out', nonlinearity='relu')
+    initialize_convolutions(module)
     return classifier(module, stages['fc'], num_classes=num_classes, loss=loss)
