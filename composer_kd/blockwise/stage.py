@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from composer.core import Algorithm, DataSpec, Event, Precision, State, get_precision_context
+from composer.core import Algorithm, DataSpec, Event, State, get_precision_context
 from composer.loggers import Logger
 from composer.models import ComposerModel
 from composer.utils import dist
@@ -83,7 +83,6 @@ class TeacherRelay(Algorithm):
         data: What batches come from, if they are data; its transforms are used. Default: ``None``, from ``inlet``.
         inlet: From the stage before. Default: ``None``, this stage is the first one.
         outlet: To the next stage. Default: ``None``, this stage is the last one.
-        precision: In which the teacher's blocks run; that of the Trainer. Default: ``None``, that of the state.
 
     Attributes:
         runs: For each of the teacher's blocks, how often it has run.
@@ -98,12 +97,10 @@ class TeacherRelay(Algorithm):
         data: DataSpec | None = None,
         inlet: Inlet | None = None,
         outlet: Outlet | None = None,
-        precision: str | Precision | None = None,
     ):
         self.runs = dict.fromkeys(teachers, 0)
         self._pairs, self._teachers, self._students = pairs, teachers, students
         self._data, self._inlet, self._outlet = data, inlet, outlet
-        self._precision = None if precision is None else Precision(precision)
         self._with_labels = pairs.label_weight > 0
         self.loader: RelayedBatches | None = None
 
@@ -132,7 +129,7 @@ class TeacherRelay(Algorithm):
     def _relay(self, state: State, number: int) -> Batch:
         x, labels, samples = self._inputs(state)
         boundaries = {self._teachers.start: x}
-        with torch.no_grad(), get_precision_context(self._precision or state.precision, state.precision_config):
+        with torch.no_grad(), get_precision_context(state.precision, state.precision_config):
             for block in self._teachers:
                 version = x._version
                 given = self._pairs.teacher[block](x)
